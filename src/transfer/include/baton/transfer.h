@@ -1,0 +1,214 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/random.h"
+#include "base/status.h"
+
+/// Baton's KV transfer library: moves blocks from a pool of this process into a pool of another one,
+/// one-sided, over the best path the two have, and tells the receiver when everything is there.
+///
+/// The unit is "the same byte range of many blocks". A receiver *opens an inbox* (a 32-bit tag of its
+/// own choosing space) and hands tag and block ids to the sender out of band; the sender writes with that
+/// tag and reports, out of band again, how many messages it took (Transfer::messages). The receiver waits
+/// until that many have arrived. Nothing relies on order: EFA delivers out of order, several rails never
+/// keep it.
+///
+///   receiver                                   sender
+///   tag = agent.open_inbox()      --(oob)-->   transfer = peer.write({..., .tag = tag})
+///   agent.expect(tag, n, done)   <--(oob)--    n = transfer.messages()
+///
+/// Threads: every function may be called from any thread. Callbacks run on the agent's progress thread:
+/// they must be short and must not call back into the agent except where said otherwise.
+namespace baton::transfer {
+
+enum class MemoryKind : uint8_t { kHost = 0, kCuda = 1 };
+
+struct AgentConfig {
+  /// Shown in logs and errors: "prefill-0".
+  std::string name = "agent";
+  /// "auto" or one of: shm, tcp, efa, verbs, sim. A path that is not possible is an error, never replaced.
+  std::string transport = "auto";
+  /// Host part of the address that tcp rails bind to and advertise. Empty: decided by the provider.
+  std::string bind_address;
+  /// "auto" may fall to TCP between hosts only when this is set or the machine has no RDMA device.
+  bool allow_tcp = true;
+  /// NICs to use; 0: what the topology suggests (1 where nothing is known).
+  uint32_t rails = 0;
+  /// Bounds: posted and unfinished messages per rail, queued transfers per agent, peers' metadata size.
+  uint32_t max_inflight_per_rail = 256;
+  uint32_t max_queued_transfers = 65536;
+  uint32_t max_metadata_bytes = 1u << 20;
+  /// Bound for a transfer that names no deadline.
+  int64_t default_timeout_ms = 30'000;
+
+  Status validate() const;
+};
+
+/// One registration of memory, undone when the last copy goes away (after what is in flight has ended).
+/// The memory itself belongs to the caller and must outlive it.
+class MemoryRegion {
+ public:
+  MemoryRegion() = default;
+  explicit operator bool() const { return impl_ != nullptr; }
+  std::byte* data() const;
+  size_t bytes() const;
+
+  class Impl;
+  explicit MemoryRegion(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+  const std::shared_ptr<Impl>& impl() const { return impl_; }
+
+ private:
+  std::shared_ptr<Impl> impl_;
+};
+
+/// `count` blocks of `stride` bytes each from the start of `region`. Block b is at b * stride.
+struct PoolConfig {
+  MemoryRegion region;
+  uint64_t stride_bytes = 0;
+  uint64_t count = 0;
+};
+
+/// Names a pool of this agent; peers learn of it through metadata().
+enum class PoolId : uint32_t {};
+
+/// A receiver's tag: carried by every message of a transfer (it fits EFA's 4 bytes of CQ data).
+enum class Tag : uint32_t { kNone = 0 };
+
+struct BlockPair {
+  uint32_t local_block = 0;
+  uint32_t remote_block = 0;
+};
+
+struct BlockWrite {
+  PoolId local_pool{};
+  PoolId remote_pool{};
+  std::vector<BlockPair> blocks;
+  /// The byte range inside each block; both must lie inside the stride of both pools.
+  uint64_t offset_bytes = 0;
+  uint64_t length_bytes = 0;
+  /// The receiver's inbox that counts the messages; kNone: not counted (a plain write).
+  Tag tag = Tag::kNone;
+  /// When it must be done; never() means the agent's default timeout.
+  Deadline deadline;
+};
+
+/// One write under way. Cheap to copy; dropping it does not cancel.
+class Transfer {
+ public:
+  Transfer() = default;
+  explicit operator bool() const { return impl_ != nullptr; }
+
+  bool done() const;
+  /// ok once every byte is delivered to the peer's memory; a failure names peer, rail, provider, operation.
+  /// Must be done().
+  Status status() const;
+  /// How many counted messages reach the receiver's inbox for this transfer. Known from the moment
+  /// write() returns.
+  uint64_t messages() const;
+  uint64_t bytes() const;
+  /// Blocks until done; for tests, tools and simple programs.
+  Status wait() const;
+  /// Asks for an early end with kCancelled. After done() turns true the local memory is not read and the
+  /// remote memory not written any more on behalf of this transfer.
+  void cancel() const;
+
+  class Impl;
+  explicit Transfer(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+ private:
+  std::shared_ptr<Impl> impl_;
+};
+
+/// What a path between two agents is, for logs, metrics and /health.
+struct PathInfo {
+  std::string transport;   ///< "shm", "tcp", "efa", ...
+  std::string provider;    ///< what the library calls it: "tcp;ofi_rxm", "net", "shm"
+  uint32_t rails = 0;
+  std::string reason;      ///< why this path: "same host", "--transport tcp", ...
+  double bandwidth_bytes_per_s = 0;  ///< measured over what was transferred so far; 0: nothing yet
+};
+
+struct PeerStats {
+  uint64_t writes = 0, messages = 0, bytes = 0, failures = 0, cancelled = 0;
+  double busy_s = 0;  ///< time with at least one transfer under way
+};
+
+/// A connected remote agent. Cheap to copy. Stays valid (and fails every write) after the peer is gone.
+class Peer {
+ public:
+  Peer() = default;
+  explicit operator bool() const { return impl_ != nullptr; }
+
+  Epoch epoch() const;
+  const std::string& name() const;
+  PathInfo path() const;
+  PeerStats stats() const;
+  /// Checks bounds, queues and returns at once. `on_done` (optional) runs once, on the progress thread.
+  /// Errors: invalid_argument (pool, block or range out of bounds), unavailable (peer is down),
+  /// resource_exhausted (queue full).
+  Result<Transfer> write(BlockWrite write, std::function<void(const Status&)> on_done = {}) const;
+  /// False after a fatal completion error or close().
+  bool alive() const;
+  /// Fails what is queued or in flight and frees the peer's resources. After the returned Status is ok
+  /// nothing from or to this peer touches memory any more.
+  Status close() const;
+
+  class Impl;
+  explicit Peer(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+ private:
+  std::shared_ptr<Impl> impl_;
+};
+
+struct AgentStats {
+  uint64_t peers = 0, regions = 0, registered_bytes = 0;
+  uint64_t messages_sent = 0, bytes_sent = 0, messages_received = 0;
+  uint64_t stray_messages = 0;  ///< arrived for a tag that is not open (a late write after close_inbox)
+  uint64_t retries = 0;         ///< EAGAIN answers that were tried again
+  uint64_t failed_transfers = 0;
+};
+
+/// Owns rails, endpoints, completion queues and one progress thread per rail group.
+class Agent {
+ public:
+  /// Opens only what the configuration needs and logs what it opens and what it costs.
+  static Result<std::unique_ptr<Agent>> create(AgentConfig config,
+                                               const Clock& clock = SteadyClock::instance());
+  virtual ~Agent() = default;
+
+  virtual Epoch epoch() const = 0;
+  virtual Result<MemoryRegion> register_memory(std::span<std::byte> memory, MemoryKind kind) = 0;
+  /// Makes a pool known to peers that get metadata() afterwards.
+  virtual Result<PoolId> add_pool(PoolConfig config) = 0;
+
+  /// What a peer needs to reach this agent and its pools: addresses, keys, epoch, layout version.
+  virtual std::string metadata() const = 0;
+  /// Parses and checks a peer's metadata (input from outside), picks the path, prepares it. Returns soon;
+  /// the first write may still have to wait for the connection, inside its deadline.
+  virtual Result<Peer> connect(std::string_view metadata) = 0;
+
+  /// A fresh tag, unique among open inboxes and not reused for 2^31 inboxes.
+  virtual Result<Tag> open_inbox() = 0;
+  /// Calls `on_complete` once, when `messages` in all have arrived (at once if they have). Replaces an
+  /// earlier expectation of the same tag. `on_complete` runs on the progress thread or inside this call.
+  virtual Status expect(Tag tag, uint64_t messages, std::function<void()> on_complete) = 0;
+  virtual uint64_t arrived(Tag tag) const = 0;
+  /// Forgets the tag. Its callback does not run after this returns. Later messages count as stray.
+  virtual void close_inbox(Tag tag) = 0;
+
+  virtual AgentStats stats() const = 0;
+  /// The transport this agent offers, for the log and /health.
+  virtual std::string describe() const = 0;
+};
+
+}  // namespace baton::transfer
