@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "engine/request.h"
+#include "kv/block_layout.h"
+#include "kv/block_pool.h"
+#include "model/model.h"
+
+namespace baton {
+
+struct EngineConfig {
+  int32_t block_tokens = 16;
+  /// KV pool size; either in blocks or bytes (blocks win when both are set).
+  int64_t kv_blocks = 0;
+  int64_t kv_bytes = 0;
+  /// Tokens computed per step over all sequences; longer prompts are cut into chunks.
+  int32_t max_batched_tokens = 512;
+  int32_t max_running = 256;
+  int32_t max_waiting = 4096;
+  int32_t max_model_len = 0;          ///< 0: the model's
+  bool prefix_cache = true;
+
+  Status validate() const;
+};
+
+struct EngineStats {
+  int64_t waiting = 0, running = 0, reserved = 0, held = 0;  ///< held: prefill done, KV not yet released
+  int64_t waiting_tokens = 0;                                ///< prompt tokens not yet computed, all requests
+  BlockCounts blocks;
+  int64_t prefix_query_tokens = 0, prefix_hit_tokens = 0;
+  int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0, preemptions = 0;
+};
+
+/// KV of a prefill_only request that is now complete in the pool: layer `layer` of the blocks
+/// table[first_block .. last_block) (indices into the block table).
+struct LayerReady {
+  RequestId request{};
+  int32_t layer = 0;
+  int32_t first_block = 0;
+  int32_t last_block = 0;
+  std::span<const BlockId> table;
+};
+
+/// Token ids in, token ids out: continuous batching over one model on one device. No text, no sockets.
+/// Every function is called by the one thread that owns the engine; step() runs one iteration.
+class Engine {
+ public:
+  /// `model` and `clock` must outlive the engine.
+  static Result<std::unique_ptr<Engine>> create(EngineConfig config, Model& model,
+                                                const Clock& clock = SteadyClock::instance());
+  virtual ~Engine() = default;
+
+  /// Queues a request. Errors: invalid_argument (length, token ids, sampling), resource_exhausted (queue full).
+  virtual Status submit(Request request) = 0;
+  /// Ends a request wherever it is and frees its blocks at once; unknown ids are ignored. No output follows.
+  virtual void cancel(RequestId id) = 0;
+  /// True when step() would do something.
+  virtual bool has_work() const = 0;
+  /// Schedules, computes and samples once. Never fails as a whole: failures are outputs of their requests.
+  virtual StepOutput step() = 0;
+
+  // -- Handoff, receiving side: the KV of the prompt comes from a peer. ------------------------------------
+  struct Reservation {
+    int32_t cached_tokens = 0;            ///< already here, whole blocks; must not be written again
+    std::vector<BlockId> blocks;          ///< for the whole prompt (+ generated), cached ones first
+  };
+  /// Blocks for all tokens of the request's prompt and generated. resource_exhausted: try again later.
+  virtual Result<Reservation> reserve(const Request& request) = 0;
+  /// The KV of every prompt token is in the reserved blocks; `first` is the token the peer sampled. It is
+  /// reported by the next step(), then decoding goes on.
+  virtual Status admit(RequestId id, TokenOutput first) = 0;
+  /// Gives a reservation up. With `quarantine` the blocks that are not cached stay untouched until
+  /// end_quarantine(id).
+  virtual void abandon(RequestId id, bool quarantine) = 0;
+  virtual void end_quarantine(RequestId id) = 0;
+
+  // -- Handoff, sending side. --------------------------------------------------------------------------------
+  /// Called inside step() on the engine thread for prefill_only requests: once per layer and chunk, and once
+  /// per layer for a cached prefix, before anything is computed.
+  virtual void set_layer_ready(std::function<void(const LayerReady&)> callback) = 0;
+  /// Frees the KV of a prefill_only request that is done.
+  virtual void release(RequestId id) = 0;
+
+  virtual EngineStats stats() const = 0;
+  virtual const BlockLayout& layout() const = 0;
+  /// The memory of all blocks; block b starts at b * layout().block_bytes().
+  virtual std::span<std::byte> kv_pool() const = 0;
+  virtual const EngineConfig& config() const = 0;
+  virtual const Model& model() const = 0;
+};
+
+}  // namespace baton
