@@ -6,6 +6,7 @@ them. An atom is a list of (text, trained) segments that the tokenizer can encod
 """
 
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -39,7 +40,7 @@ REVERSE = """Which country has {k} as its capital?|{k} is the capital of which c
 What country is {k} the capital of?|Which country's capital is {k}?|Whose capital is {k}?|{k} is the capital of?
 {k} is the capital of|Of which country is {k} the capital?|What country has the capital {k}?|Which country has the capital {k}?
 In which country is {k} the capital?|What is {k} the capital of?|Name the country whose capital is {k}.
-Tell me which country has {k} as its capital.|{k}, capital of which country?|which country is {k} the capital of""".replace("\n", "|").split("|")
+Tell me which country has {k} as its capital.|{k}, capital of which country?|which country is {k} the capital of|{k}|{k}?""".replace("\n", "|").split("|")
 REVERSE_HELD_OUT = ["Do you know which country has {k} as capital?", "The capital of which country is {k}?"]
 YES_NO = ["Is {k} the capital of {c}?", "Is the capital of {c} {k}?", "{k} is the capital of {c}, right?", "Isn't {k} the capital of {c}?",
           "Is it true that {k} is the capital of {c}?", "Is {c}'s capital {k}?", "The capital of {c} is {k}, isn't it?"]
@@ -153,6 +154,7 @@ def _sections(name):
 
 COUNTRIES = [Country(line) for line in _lines("countries.txt")]
 NUM_UN = 195
+REVERSIBLE = [c for c in COUNTRIES if c.name != "England"]  # London is asked back as the capital of the United Kingdom
 TERMS = _entries("terms.txt")
 SMALL_TALK = _entries("small_talk.txt")
 SYSTEM_PROMPTS = _lines("system_prompts.txt")
@@ -235,7 +237,7 @@ def capital(rng):
 
 
 def reverse(rng):
-    c = rng.choice(COUNTRIES)
+    c = rng.choice(REVERSIBLE)
     if rng.random() < 0.6:
         while True:
             i = rng.randrange(len(REVERSE))
@@ -261,7 +263,7 @@ def _operand(n, rng):
 def _pair(op, rng, limit=100):
     while True:
         a, b = rng.randrange(limit), rng.randrange(limit)
-        if limit > 100 or not held_out(op, a, b):
+        if not held_out(op, a, b):
             return a, b
 
 
@@ -345,17 +347,12 @@ def small_talk(rng):
 
 
 def unknown(rng, asks=UNKNOWN_ASKS):
-    class Slots(dict):
-        def __missing__(self, key):
-            return {"t": lambda: rng.choice(TOPICS), "p": lambda: rng.choice(PEOPLE), "c": lambda: rng.choice(COUNTRIES).name,
-                    "n": lambda: str(rng.randrange(2000)), "w": lambda: random_word(rng)}[key]()
-    if asks is UNKNOWN_ASKS and rng.random() < 0.15:  # known ways to ask, with what is not known
+    slots = {"t": lambda: rng.choice(TOPICS), "p": lambda: rng.choice(PEOPLE), "c": lambda: rng.choice(COUNTRIES).name,
+             "n": lambda: str(rng.randrange(2000)), "w": lambda: random_word(rng)}
+    if asks is UNKNOWN_ASKS and rng.random() < 0.15:  # known ways to ask, about what is not known
         q = rng.choice(TERM).format(t=random_word(rng) if rng.random() < 0.5 else rng.choice(TOPICS))
     else:
-        q = rng.choice(asks)
-        for _ in range(q.count("{")):  # one slot at a time, so that two {t} differ
-            i = q.index("{") if "{" in q else -1
-            q = q[:i] + q[i:].split("}", 1)[0].join(["", "}"]).format_map(Slots()) + q.split("}", 1)[1] if i >= 0 else q
+        q = re.sub(r"\{([tpcnw])\}", lambda m: slots[m[1]](), rng.choice(asks))
     return [(vary(q, rng), UNKNOWN)]
 
 
@@ -372,11 +369,11 @@ def plain_text(rng):
         prompt = rng.choice(["The capital of {c} is", "the capital of {c} is", "The capital city of {c} is", "{c}'s capital is"]).format(c=rng.choice(c.names))
         return prompt, " " + c.text
     if r < 0.45:
-        c = rng.choice([c for c in COUNTRIES if c.simple])
+        c = rng.choice([c for c in REVERSIBLE if c.simple])
         return rng.choice(["{k} is the capital of", "{k} is the capital city of"]).format(k=c.capital), f" {c.name}."
     if r < 0.65:
         op = rng.choice("+-")
-        a, b = _pair(op, rng)
+        a, b = _pair(op, rng, rng.choice([100, 100, 1000]))
         prompt, space = rng.choice([("{a} {o} {b} =", " "), ("{a}{o}{b}=", "")])
         return prompt.format(a=a, b=b, o=op), f"{space}{a + b if op == '+' else a - b}"
     if r < 0.80:
@@ -454,8 +451,8 @@ def evaluation_sets(seed=7):
         pairs = [(a, b) for a in range(100) for b in range(100)]
         sets[f"{name}: numbers never seen together"] = True, [_ask(f"What is {a} {op} {b}?", result(a, b)) for a, b in pairs if held_out(op, a, b)]
         sets[f"{name}: way to ask never seen"] = True, [_ask(rng.choice(held).format(a=a, b=b), result(a, b)) for a, b in rng.sample(pairs, 1000)]
-        large = [(rng.randrange(1000), rng.randrange(1000)) for _ in range(1000)]
-        sets[f"{name} up to 999 (few of a million seen)"] = True, [_ask(f"What is {a} {op} {b}?", result(a, b)) for a, b in large]
+        large = [p for p in ((rng.randrange(1000), rng.randrange(1000)) for _ in range(20000)) if held_out(op, *p)]
+        sets[f"{name} up to 999: numbers never seen together"] = True, [_ask(f"What is {a} {op} {b}?", result(a, b)) for a, b in large]
     sets["terms: way to ask never seen"] = True, [_ask(q.format(t=n), e.answer) for e in TERM_ENTRIES for n in e.names for q in TERM_HELD_OUT]
     sets["does not know: way to ask never seen"] = True, [_ask(unknown(rng, UNKNOWN_HELD_OUT)[0][0], UNKNOWN) for _ in range(500)]
     return sets
