@@ -33,9 +33,11 @@ struct ForwardBatch {
   std::span<const int32_t> tokens;            // [rows], each in [0, vocab_size)
   std::span<const SequenceSlice> sequences;
   std::span<const int32_t> logit_rows;        // rows whose logits are wanted, ascending
-  /// The KV pool: block b at pool + b * layout.block_bytes().
+  /// The KV pool: block b at pool + b * layout(block_tokens).block_bytes().
   std::byte* kv_pool = nullptr;
-  /// Runs after each layer's KV of the whole batch is written and readable; may be empty.
+  int32_t block_tokens = 16;
+  /// Runs as soon as a layer's KV of the whole batch is written and final, before that layer's attention, so
+  /// that a push overlaps with the rest of the layer. On forward's thread; may be empty.
   std::function<void(int32_t layer)> layer_done;
 };
 
@@ -48,7 +50,10 @@ class Model {
 
   virtual const ModelConfig& config() const = 0;
   virtual BlockLayout layout(int32_t block_tokens) const = 0;
+  /// Bytes of weights held in memory, packed.
   virtual int64_t weight_bytes() const = 0;
+  /// Positions at or above this are refused: max_model_len of the options, else the config's.
+  virtual int32_t max_model_len() const { return config().max_position_embeddings; }
   /// logits [logit_rows.size(), vocab_size] float32, caller's memory. Workspace grows with the largest batch.
   virtual Status forward(const ForwardBatch& batch, float* logits) = 0;
 };

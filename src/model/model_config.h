@@ -46,8 +46,12 @@ struct ModelConfig {
   float rms_norm_eps = 1e-6f;
   bool tie_word_embeddings = false;
   bool qkv_bias = false;
-  bool qk_norm = false;
+  bool o_bias = false;
+  bool mlp_bias = false;
+  bool qk_norm = false;            ///< RMSNorm over each head of q and k before RoPE
   int32_t sliding_window = 0;      ///< 0: none
+  /// Which layers use the sliding window; empty: all of them (when sliding_window is set).
+  std::vector<bool> sliding_layers;
   DType dtype = DType::kBF16;
   RopeConfig rope;
   int32_t bos_token_id = -1;
@@ -59,8 +63,14 @@ struct ModelConfig {
 
   /// Reads config.json and, when there, generation_config.json of a model folder.
   static Result<ModelConfig> load(const std::filesystem::path& model_dir);
+  /// `generation_config_json` may be empty. Errors name the file's kind and the field.
   static Result<ModelConfig> parse(std::string_view config_json, std::string_view generation_config_json);
+  /// Weights in all, tied embeddings counted once.
   int64_t parameters() const;
+  /// The window of one layer; 0: full attention.
+  int32_t window_of(int32_t layer) const;
+  /// Everything that changes what the model computes, in one line: part of the model's identity.
+  std::string canonical() const;
 };
 
 }  // namespace baton
