@@ -92,6 +92,10 @@ class Kernels {
   virtual std::string_view name() const = 0;
   virtual ThreadPool& threads() = 0;
 
+  /// Whether qkv_rope_kv_write and attention can work with this shape; what is not supported and what is.
+  /// Call it once per model: the operations themselves CHECK.
+  virtual Status validate_attention_shape(int64_t heads, int64_t kv_heads, int64_t head_dim) const = 0;
+
   /// Repacks rows of a [out_features, in_features] matrix of dtype bf16, f16 or f32 (converted to bf16, nearest
   /// even). `parts` are stacked in order along out_features (q, k, v; gate, up): one product for all.
   struct MatrixPart {
