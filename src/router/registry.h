@@ -28,7 +28,7 @@ struct WorkerEntry {
   std::shared_ptr<protocol::Channel> channel;
   protocol::Hello hello;          ///< of the current or last life
   protocol::Load load;            ///< the last report of the current life
-  protocol::MetricsSnapshot metrics;
+  std::string metrics;            ///< its last protocol::encode_metrics()
   std::unordered_set<uint64_t> requests;   ///< being decoded there
   int64_t outstanding_requests = 0;
   int64_t outstanding_tokens = 0;          ///< prompt + generated tokens of those requests

@@ -130,23 +130,14 @@ struct Router::Impl {
 
   void publish() {
     RouterHealth fresh = core.health();
-    protocol::MetricsSnapshot merged;
+    std::vector<std::pair<std::string, std::string>> fresh_metrics;
     for (const auto& worker : core.registry().entries()) {
-      const std::string& name =
-          worker->hello.name().empty() ? worker->address : worker->hello.name();
-      for (const auto& family : worker->metrics.families()) {
-        auto* copy = merged.add_families();
-        *copy = family;
-        for (auto& metric : *copy->mutable_metrics()) {
-          auto* label = metric.add_labels();
-          label->set_name("worker");
-          label->set_value(name);
-        }
-      }
+      if (worker->metrics.empty()) continue;
+      fresh_metrics.emplace_back(worker->hello.name().empty() ? worker->address : worker->hello.name(), worker->metrics);
     }
     std::lock_guard lock(mutex);
     health = std::move(fresh);
-    metrics = std::move(merged);
+    metrics = std::move(fresh_metrics);
     stats = core.stats();
   }
 
@@ -159,7 +150,7 @@ struct Router::Impl {
 
   mutable std::mutex mutex;  // guards what other threads read
   RouterHealth health;
-  protocol::MetricsSnapshot metrics;
+  std::vector<std::pair<std::string, std::string>> metrics;
   RouterStats stats;
 
   std::jthread thread;  // last: joined before anything it uses goes away
@@ -199,7 +190,7 @@ RouterStats Router::stats() const {
   return impl_->stats;
 }
 
-protocol::MetricsSnapshot Router::worker_metrics() const {
+std::vector<std::pair<std::string, std::string>> Router::worker_metrics() const {
   std::lock_guard lock(impl_->mutex);
   return impl_->metrics;
 }

@@ -106,7 +106,6 @@ class RouterCore {
 
   RouterHealth health() const;
   RouterStats stats() const { return stats_; }
-  /// Merged metrics of all workers, as they last sent them.
   const WorkerRegistry& registry() const { return registry_; }
   /// Ends every request with unavailable and closes all channels.
   void shutdown();
@@ -163,8 +162,8 @@ class Router {
   void cancel(uint64_t request);
   RouterHealth health() const;
   RouterStats stats() const;
-  /// Prometheus families of every worker, each with a `worker` label. (Include base/metrics.h to use it.)
-  protocol::MetricsSnapshot worker_metrics() const;
+  /// Each ready worker's name and what it last sent of its metrics (see protocol/metrics_codec.h).
+  std::vector<std::pair<std::string, std::string>> worker_metrics() const;
   void stop();
 
  private:

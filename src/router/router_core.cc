@@ -3,6 +3,7 @@
 
 #include "base/log.h"
 #include "base/random.h"
+#include "protocol/validate.h"
 #include "router/router.h"
 
 namespace baton {
@@ -271,10 +272,12 @@ void RouterCore::on_frame(const std::shared_ptr<protocol::Channel>& channel, pro
   WorkerEntry* worker = registry_.by_channel(channel.get());
   if (worker == nullptr) return;  // a life that is over
   worker->last_heard_ns = clock_.now_ns();
-  if (frame.has_hello()) {
+  Status valid = protocol::validate_frame(
+      frame, worker->state == WorkerState::kReady ? protocol::Sender::kWorker : protocol::Sender::kStranger);
+  if (!valid.ok()) {
+    lose_worker(*worker, WorkerState::kDown, valid.with_context("it sent a frame that is not acceptable"));
+  } else if (frame.has_hello()) {
     on_hello(*worker, std::move(*frame.mutable_hello()));
-  } else if (worker->state != WorkerState::kReady) {
-    channel->close();  // nothing comes before Hello
   } else if (frame.has_step_output()) {
     for (auto& output : *frame.mutable_step_output()->mutable_tokens()) {
       on_token(*worker, std::move(output));
@@ -282,8 +285,7 @@ void RouterCore::on_frame(const std::shared_ptr<protocol::Channel>& channel, pro
   } else if (frame.has_load()) {
     protocol::Load load = std::move(*frame.mutable_load());
     if (!load.metrics().empty()) {
-      protocol::MetricsSnapshot snapshot;
-      if (snapshot.ParseFromString(load.metrics())) worker->metrics = std::move(snapshot);
+      worker->metrics = std::move(*load.mutable_metrics());
       load.clear_metrics();
     }
     worker->load = std::move(load);
@@ -400,7 +402,7 @@ void RouterCore::connect(WorkerEntry& worker) {
   worker.state = WorkerState::kConnecting;
   worker.last_heard_ns = clock_.now_ns();
   worker.load.Clear();
-  worker.metrics.Clear();
+  worker.metrics.clear();
   worker.channel = network_.connect(worker.address, handler_);
   protocol::Frame frame;
   protocol::Hello* hello = frame.mutable_hello();
@@ -432,7 +434,7 @@ void RouterCore::lose_worker(WorkerEntry& worker, WorkerState state, const Statu
   worker.state = state;
   worker.why_not = why.message();
   worker.load.Clear();
-  worker.metrics.Clear();
+  worker.metrics.clear();
   worker.backoff_ms = state == WorkerState::kRefused
                           ? config_.reconnect_max_ms
                           : std::clamp(worker.backoff_ms * 2, config_.reconnect_min_ms, config_.reconnect_max_ms);
