@@ -106,7 +106,7 @@ def fill(model: torch.nn.Module, tied: bool, seed: int) -> None:
         elif "embed_tokens" in name:
             value = (0.1 if tied else 0.4) * noise
         else:
-            gain = 2.0 if "q_proj" in name or "k_proj" in name or "lm_head" in name else 1.0
+            gain = 2.0 if "lm_head" in name else 1.3 if "q_proj" in name or "k_proj" in name else 1.0
             value = gain * noise / parameter.shape[1] ** 0.5
         parameter.data.copy_(value)
 

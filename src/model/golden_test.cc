@@ -1,0 +1,287 @@
+// Every architecture against transformers: tests/golden/models, written by tools/make_model_fixtures.py.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+#include "base/log.h"
+#include "base/random.h"
+#include "model/model.h"
+#include "model/safetensors.h"
+
+namespace baton {
+namespace {
+
+constexpr double kTolerance = 2e-2;  // of the largest logit
+constexpr int32_t kBlockTokens = 16;
+constexpr int32_t kBlocks = 64;
+
+const std::filesystem::path kGolden = std::filesystem::path(BATON_SOURCE_DIR) / "tests/golden/models";
+
+/// A model with a KV pool, and sequences whose blocks are scattered over it.
+class Runner {
+ public:
+  Runner(Model& model, uint64_t seed = 1) : model_(model), free_(kBlocks) {
+    auto pool = Buffer::allocate(static_cast<size_t>(kBlocks * model.layout(kBlockTokens).block_bytes()));
+    BATON_CHECK(pool.ok());
+    pool_ = std::move(pool).value();
+    std::iota(free_.begin(), free_.end(), 0);
+    Random random(seed);
+    std::shuffle(free_.begin(), free_.end(), random);
+  }
+
+  std::vector<int32_t> allocate(size_t tokens) {
+    const size_t count = (tokens + kBlockTokens - 1) / kBlockTokens;
+    BATON_CHECK(count <= free_.size());
+    std::vector<int32_t> blocks(free_.end() - static_cast<std::ptrdiff_t>(count), free_.end());
+    free_.resize(free_.size() - count);
+    return blocks;
+  }
+
+  struct Part {
+    std::span<const int32_t> tokens;
+    int32_t start_pos;
+    const std::vector<int32_t>* blocks;
+  };
+
+  /// Logits of the last row of each part, or of all rows.
+  std::vector<float> forward(const std::vector<Part>& parts, bool all_rows = false,
+                             std::function<void(int32_t)> layer_done = {}) {
+    std::vector<int32_t> tokens, logit_rows;
+    std::vector<SequenceSlice> slices;
+    for (const Part& part : parts) {
+      slices.push_back({static_cast<int32_t>(tokens.size()), static_cast<int32_t>(part.tokens.size()),
+                        part.start_pos, part.blocks->data()});
+      tokens.insert(tokens.end(), part.tokens.begin(), part.tokens.end());
+      logit_rows.push_back(static_cast<int32_t>(tokens.size()) - 1);
+    }
+    if (all_rows) {
+      logit_rows.resize(tokens.size());
+      std::iota(logit_rows.begin(), logit_rows.end(), 0);
+    }
+    ForwardBatch batch{tokens, slices, logit_rows, pool_.data(), kBlockTokens, std::move(layer_done)};
+    std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
+    Status status = model_.forward(batch, logits.data());
+    EXPECT_TRUE(status.ok()) << status.to_string();
+    return logits;
+  }
+
+  std::byte* pool() { return pool_.data(); }
+  size_t pool_bytes() const { return pool_.bytes(); }
+
+ private:
+  Model& model_;
+  Buffer pool_;
+  std::vector<int32_t> free_;
+};
+
+double relative_error(std::span<const float> got, std::span<const float> want) {
+  EXPECT_EQ(got.size(), want.size());
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < want.size(); i++) {
+    double difference = std::abs(static_cast<double>(got[i]) - want[i]);
+    worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
+    largest = std::max(largest, std::abs(static_cast<double>(want[i])));
+  }
+  return worst / largest;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+/// Parameter: model folder and instruction set.
+class Golden : public testing::TestWithParam<std::tuple<std::string, std::string>> {
+ protected:
+  void SetUp() override {
+    auto kernels = make_cpu_kernels(std::get<1>(GetParam()), 2);
+    if (!kernels.ok()) GTEST_SKIP() << kernels.status().to_string();
+    kernels_ = std::move(kernels).value();
+    const std::filesystem::path folder = kGolden / std::get<0>(GetParam());
+    ModelOptions options;
+    options.path = folder;
+    auto model = Model::load(options, *kernels_);
+    ASSERT_TRUE(model.ok()) << model.status().to_string();
+    model_ = std::move(model).value();
+    auto golden = SafetensorsFile::open(folder / "golden.safetensors");
+    ASSERT_TRUE(golden.ok()) << golden.status().to_string();
+    golden_.emplace(std::move(golden).value());
+  }
+
+  template <typename T>
+  std::vector<T> array(const std::string& name) {
+    auto data = golden_->data(golden_->tensors().at(name));
+    std::vector<T> values(data.size() / sizeof(T));
+    std::memcpy(values.data(), data.data(), data.size());
+    return values;
+  }
+
+  std::unique_ptr<Kernels> kernels_;
+  std::unique_ptr<Model> model_;
+  std::optional<SafetensorsFile> golden_;
+};
+
+TEST_P(Golden, LogitsAreThoseOfTransformers) {
+  double worst = 0;
+  for (int count : {1, 7, 33, 150}) {
+    Runner runner(*model_);
+    std::vector<int32_t> prompt = array<int32_t>(fmt::format("prompt_{}", count));
+    std::vector<int32_t> blocks = runner.allocate(prompt.size());
+    std::vector<float> logits = runner.forward({{prompt, 0, &blocks}});
+    double error = relative_error(logits, array<float>(fmt::format("last_logits_{}", count)));
+    EXPECT_LE(error, kTolerance) << count << " tokens";
+    worst = std::max(worst, error);
+  }
+  RecordProperty("worst_relative_error", fmt::format("{:.5f}", worst));
+  fmt::print("  {} with {}: largest relative error {:.5f}\n", std::get<0>(GetParam()), kernels_->name(), worst);
+}
+
+TEST_P(Golden, LogitsOfEveryRow) {
+  if (!golden_->tensors().contains("all_logits_33")) GTEST_SKIP() << "only some models have them";
+  Runner runner(*model_);
+  std::vector<int32_t> prompt = array<int32_t>("prompt_33");
+  std::vector<int32_t> blocks = runner.allocate(prompt.size());
+  std::vector<float> logits = runner.forward({{prompt, 0, &blocks}}, /*all_rows=*/true);
+  EXPECT_LE(relative_error(logits, array<float>("all_logits_33")), kTolerance);
+}
+
+TEST_P(Golden, CutsAndCompanyChangeNoBit) {
+  std::vector<int32_t> prompt = array<int32_t>("prompt_150"), other = array<int32_t>("prompt_33");
+  std::span<const int32_t> all(prompt);
+  Runner runner(*model_);
+  std::vector<int32_t> blocks = runner.allocate(prompt.size());
+  const std::vector<float> whole = runner.forward({{all, 0, &blocks}});
+  std::vector<int32_t> other_blocks = runner.allocate(other.size());
+  const std::vector<float> other_whole = runner.forward({{other, 0, &other_blocks}});
+
+  for (size_t chunk : {size_t{1}, size_t{13}, size_t{16}, size_t{64}}) {
+    Runner fresh(*model_, chunk + 2);
+    std::vector<int32_t> fresh_blocks = fresh.allocate(prompt.size());
+    std::vector<float> logits;
+    for (size_t at = 0; at < prompt.size(); at += chunk) {
+      size_t size = std::min(chunk, prompt.size() - at);
+      logits = fresh.forward({{all.subspan(at, size), static_cast<int32_t>(at), &fresh_blocks}});
+    }
+    EXPECT_TRUE(same_bits(logits, whole)) << "in chunks of " << chunk;
+  }
+
+  // The last chunk of one sequence, the whole other and a decode row, together.
+  Runner mixed(*model_, 99);
+  std::vector<int32_t> a = mixed.allocate(150), b = mixed.allocate(33), c = mixed.allocate(33);
+  mixed.forward({{all.first(100), 0, &a}, {std::span<const int32_t>(other).first(32), 0, &c}});
+  std::vector<float> logits = mixed.forward({{std::span<const int32_t>(other).last(1), 32, &c},
+                                             {all.subspan(100), 100, &a},
+                                             {other, 0, &b}});
+  const auto vocab = static_cast<std::ptrdiff_t>(model_->config().vocab_size);
+  auto row = [&](int i) {
+    return std::vector<float>(logits.begin() + i * vocab, logits.begin() + (i + 1) * vocab);
+  };
+  EXPECT_TRUE(same_bits(row(0), other_whole)) << "decode row";
+  EXPECT_TRUE(same_bits(row(1), whole)) << "last chunk";
+  EXPECT_TRUE(same_bits(row(2), other_whole)) << "whole prompt";
+}
+
+TEST_P(Golden, GreedyTokensAreThoseOfTransformersWhereItIsSure) {
+  std::ifstream file(kGolden / std::get<0>(GetParam()) / "golden.json");
+  nlohmann::json golden = nlohmann::json::parse(file);
+  int sure = 0;
+  for (const auto& one : golden["cases"]) {
+    auto prompt = one["prompt"].get<std::vector<int32_t>>();
+    auto tokens = one["tokens"].get<std::vector<int32_t>>();
+    auto margins = one["margins"].get<std::vector<double>>();
+    std::vector<int32_t> text = prompt;
+    text.insert(text.end(), tokens.begin(), tokens.end());
+    Runner runner(*model_);
+    std::vector<int32_t> blocks = runner.allocate(text.size());
+    std::vector<float> logits = runner.forward({{prompt, 0, &blocks}});
+    for (size_t step = 0; step < tokens.size(); step++) {
+      auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+      if (margins[step] > kTolerance) {
+        EXPECT_EQ(best, tokens[step]) << "prompt of " << prompt.size() << ", step " << step;
+        sure++;
+      }
+      // The reference's token goes on, so that one unsure step does not end the comparison.
+      const auto position = static_cast<int32_t>(prompt.size() + step);
+      logits = runner.forward({{std::span<const int32_t>(&tokens[step], 1), position, &blocks}});
+    }
+  }
+  EXPECT_GT(sure, 64);
+}
+
+TEST_P(Golden, KvOfALayerIsFinalWhenLayerDoneSaysSo) {
+  Runner runner(*model_);
+  std::vector<int32_t> prompt = array<int32_t>("prompt_33");
+  std::vector<int32_t> blocks = runner.allocate(prompt.size());
+  const BlockLayout layout = model_->layout(kBlockTokens);
+  auto layer_bytes = [&](int32_t layer) {
+    std::vector<std::byte> bytes;
+    for (int32_t block : blocks) {
+      const std::byte* begin = runner.pool() + block * layout.block_bytes() + layout.layer_offset_bytes(layer);
+      bytes.insert(bytes.end(), begin, begin + layout.layer_bytes());
+    }
+    return bytes;
+  };
+  std::vector<std::vector<std::byte>> seen;
+  runner.forward({{prompt, 0, &blocks}}, false, [&](int32_t layer) {
+    EXPECT_EQ(static_cast<size_t>(layer), seen.size());
+    seen.push_back(layer_bytes(layer));
+  });
+  ASSERT_EQ(seen.size(), static_cast<size_t>(layout.layers));
+  for (int32_t layer = 0; layer < layout.layers; layer++) {
+    EXPECT_EQ(seen[static_cast<size_t>(layer)], layer_bytes(layer));
+    EXPECT_NE(seen[static_cast<size_t>(layer)], std::vector<std::byte>(seen[0].size())) << "nothing written";
+  }
+}
+
+TEST_P(Golden, NoLogitsWantedStillWritesTheCache) {
+  std::vector<int32_t> prompt = array<int32_t>("prompt_33");
+  Runner with(*model_), without(*model_);
+  std::vector<int32_t> blocks = with.allocate(prompt.size());
+  ASSERT_EQ(blocks, without.allocate(prompt.size()));
+  with.forward({{prompt, 0, &blocks}});
+  std::vector<SequenceSlice> slices{{0, 33, 0, blocks.data()}};
+  ForwardBatch batch{prompt, slices, {}, without.pool(), kBlockTokens, {}};
+  ASSERT_TRUE(model_->forward(batch, nullptr).ok());
+  EXPECT_EQ(0, std::memcmp(with.pool(), without.pool(), with.pool_bytes()));
+}
+
+TEST_P(Golden, BadBatchesAreRefused) {
+  Runner runner(*model_);
+  std::vector<int32_t> blocks = runner.allocate(4), tokens{1, 2, 3, 4};
+  std::vector<float> logits(4 * static_cast<size_t>(model_->config().vocab_size));
+  auto message = [&](std::vector<int32_t> ids, std::vector<SequenceSlice> slices, std::vector<int32_t> rows) {
+    ForwardBatch batch{ids, slices, rows, runner.pool(), kBlockTokens, {}};
+    return model_->forward(batch, logits.data()).message();
+  };
+  const int32_t* table = blocks.data();
+  EXPECT_EQ(message(tokens, {{0, 4, 0, table}}, {3}), "");
+  EXPECT_THAT(message({1, 320, 3, 4}, {{0, 4, 0, table}}, {3}), testing::HasSubstr("token id 320 is not in [0, 320)"));
+  EXPECT_NE(message({1, -1, 3, 4}, {{0, 4, 0, table}}, {3}), "");
+  EXPECT_NE(message({}, {}, {}), "");
+  EXPECT_NE(message(tokens, {{0, 3, 0, table}}, {2}), "");
+  EXPECT_NE(message(tokens, {{0, 2, 0, table}, {3, 1, 0, table}}, {3}), "");
+  EXPECT_NE(message(tokens, {{0, 4, -1, table}}, {3}), "");
+  EXPECT_NE(message(tokens, {{0, 4, 0, nullptr}}, {3}), "");
+  EXPECT_NE(message(tokens, {{0, 4, 0, table}}, {4}), "");
+  EXPECT_NE(message(tokens, {{0, 4, 0, table}}, {2, 1}), "");
+  EXPECT_THAT(message(tokens, {{0, 4, model_->max_model_len() - 3, table}}, {3}), testing::HasSubstr("is beyond"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Golden,
+                         testing::Combine(testing::Values("qwen3", "qwen2", "qwen2-window", "llama3", "llama-yarn",
+                                                          "mistral"),
+                                          testing::Values("plain", "avx2", "avx512bf16")),
+                         [](const auto& info) {
+                           std::string name = std::get<0>(info.param) + "_" + std::get<1>(info.param);
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace baton
