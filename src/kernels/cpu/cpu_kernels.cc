@@ -349,7 +349,7 @@ const IsaOps* find_isa(std::string_view isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  (void)avx512;
+  if (avx512 && (isa == "auto" || isa == "avx512bf16")) return &kAvx512Bf16Ops;
   if (avx2 && (isa == "auto" || isa == "avx2")) return &kAvx2Ops;
 #endif
   return isa == "auto" || isa == "plain" ? &kPlainOps : nullptr;
