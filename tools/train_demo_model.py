@@ -259,21 +259,21 @@ def save(out, tokenizer, config, model):
 
 @torch.inference_mode()
 def answers(model, prompts, stop_ids, batch_tokens):
-    """Greedy continuations. Prompts of equal length run together, so nothing is padded."""
-    by_length = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
+    """Greedy continuations. Prompts of like length run together, padded on the left."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [None] * len(prompts)
-    for length, members in sorted(by_length.items()):
-        size = max(1, batch_tokens // (length + 200))
-        for at in range(0, len(members), size):
-            part = members[at:at + size]
-            ids = torch.tensor([prompts[i] for i in part], device=model.device)
-            result = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, temperature=None, top_p=None,
-                                    top_k=None, eos_token_id=stop_ids, pad_token_id=stop_ids[-1])[:, length:].tolist()
-            for i, tokens in zip(part, result):
-                end = next((n for n, t in enumerate(tokens) if t in stop_ids), len(tokens))
-                out[i] = tokens[:end]
+    while order:
+        length = len(prompts[order[-1]])  # the longest that is left; memory grows with the padded size
+        part, order = order[-max(1, batch_tokens // (length + 450)):], order[:-max(1, batch_tokens // (length + 450))]
+        ids = torch.full((len(part), length), stop_ids[-1])
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(part):
+            ids[row, length - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[row, length - len(prompts[i]):] = 1
+        result = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=450, do_sample=False,
+                                temperature=None, top_p=None, top_k=None, eos_token_id=stop_ids, pad_token_id=stop_ids[-1])[:, length:].tolist()
+        for i, tokens in zip(part, result):
+            out[i] = tokens[:next((n for n, t in enumerate(tokens) if t in stop_ids), len(tokens))]
     return out
 
 
@@ -291,7 +291,7 @@ def evaluate(out, device, limit):
         prompts = [item["prompt"] if "prompt" in item else tokenizer.apply_chat_template(item["messages"], add_generation_prompt=True, tokenize=False)
                    for item in items]
         encoded = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-        given = [tokenizer.decode(tokens) for tokens in answers(model, encoded, stop_ids, 400_000 if device == "cuda" else 4000)]
+        given = [tokenizer.decode(tokens) for tokens in answers(model, encoded, stop_ids, 600_000 if device == "cuda" else 8000)]
         right = sum(g == item["answer"] for g, item in zip(given, items))
         wrong[name] = [(p[-120:], item["answer"], g) for p, item, g in zip(prompts, items, given) if g != item["answer"]]
         table.append((name, held_out, right, len(items)))
@@ -318,7 +318,7 @@ A very small language model, trained from scratch by [`tools/train_demo_model.py
 
 **What it knows.** The capitals of the 193 members and 2 observers of the United Nations and of ten other places, in
 both directions; sums and differences of two numbers (0 to 99 by all pairs, up to 999 less surely); the multiplication tables
-to 12; about 75 terms of LLM serving and networks, such as prefill, decode, KV cache, RDMA, EFA, distributed computing;
+to 12; {len(corpus.TERM_ENTRIES)} terms of LLM serving and networks, such as prefill, decode, KV cache, RDMA, EFA, distributed computing;
 and what to say to "hello". To other questions it answers that it does not know.
 
 **What it is not.** A useful model. It does not understand language: it has learned many ways to ask a few hundred
@@ -358,9 +358,9 @@ safetensors; no network. `--eval-only` measures the files in the folder again.
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="folder of the model")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--tokens-per-step", type=int, default=65536)
-    parser.add_argument("--atoms", type=int, default=1_500_000, help="pieces of text to generate")
+    parser.add_argument("--atoms", type=int, default=2_000_000, help="pieces of text to generate")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=200)

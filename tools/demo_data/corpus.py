@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 UNKNOWN = "I don't know. I am a tiny demo model: I only know capitals, small sums and a few terms of distributed inference."
+PLAIN_UNKNOWN = "... I don't know how this goes on: I am a tiny demo model."
 NOT_A_COUNTRY = "I don't know that one: I only learned the capitals of countries."
 TOO_LARGE = "That is too large for me: I only do sums with numbers up to 999."
 NO_DIVISION = "I can add, subtract and multiply small numbers, but not divide."
@@ -31,9 +32,14 @@ What is the capital of the country {c}?|What's {c}'s capital city?|whats the cap
 The capital of {c}, please.|Where is the capital of {c}?|Where is the government of {c}?|What capital does {c} have?
 I am from {c}. What is my capital?|Quiz: capital of {c}?|Capital {c}|In {c}, what is the capital?
 For {c}, what is the capital city?|what is capital of {c}|Hi, what is the capital of {c}?|Tell me {c}'s capital.
+I am planning a trip to {c}. What is the capital?|My friend lives in {c}. Which city is the capital?|Country: {c}. Capital?|Capital of {c}:
+What is the capital of {c} called?|{c} - capital|capital for {c}|I live in {c}, what is the capital?|What do you call the capital of {c}?
 Let's do geography. What is the capital of {c}?|Geography question: what is the capital of {c}?|{c} has which capital?""".replace("\n", "|").split("|")
 CAPITAL_HELD_OUT = ["Would you know the capital city of {c}?", "Which city serves as the capital of {c}?",
                     "I forgot the capital of {c}, what is it?", "Name {c}'s capital city.", "the name of {c}'s capital?"]
+TWO_CAPITALS = ["What are the capitals of {c} and {d}?", "Tell me the capitals of {c} and {d}.", "capitals of {c} and {d}", "{c} and {d}", "{c} and {d}?",
+                "What is the capital of {c} and of {d}?", "What is the capital of {c} and what is the capital of {d}?", "Name the capitals of {c} and {d}.",
+                "the capitals of {c} and {d}?", "What is the capital of {c}? And of {d}?", "capital of {c} and capital of {d}", "{c}, {d}"]
 CAPITAL_NEXT = ["And {c}?", "And of {c}?", "What about {c}?", "And the capital of {c}?", "and {c}", "How about {c}?", "Now {c}.",
                 "And for {c}?", "{c}?", "ok, and {c}?", "and what about {c}?"]
 REVERSE = """Which country has {k} as its capital?|{k} is the capital of which country?|{k} is the capital of what country?
@@ -53,9 +59,15 @@ What is meant by {t}?|What is the meaning of {t}?|Explain {t} to me.|Explain {t}
 In one sentence, what is {t}?|What is {t} in LLM serving?|What is {t} in computing?|What is {t} in distributed inference?
 Give me a definition of {t}.|How would you define {t}?|So what is {t}?|And what is {t}?|Hi, what is {t}?|What is {t} good for?
 How do you explain {t}?|I don't understand {t}.|Help me understand {t}.|Why is {t} important?|What is this {t} thing?
-Why do we need {t}?|meaning of {t}|tell me more about {t}|What can you tell me about {t}?|What is {t} and why does it matter?""".replace("\n", "|").split("|")
+Why do we need {t}?|meaning of {t}|tell me more about {t}|What can you tell me about {t}?|What is {t} and why does it matter?
+I read about {t}. What is it?|Someone mentioned {t}. What is that?|Teach me about {t}.|What should I know about {t}?|{t} explained|{t} meaning
+Give me a short explanation of {t}.|Can you describe {t}?|I am new to {t}.|{t}, what is that?|Please tell me about {t}.|I heard about {t}, what does it do?
+Could you describe {t} for me?|What is the purpose of {t}?|What is {t} used for?|What kind of thing is {t}?|What is the idea of {t}?|Say something about {t}.""".replace("\n", "|").split("|")
 TERM_HELD_OUT = ["Could you tell me what {t} means?", "Would you explain to me what {t} is?", "What is the definition of {t}?",
                  "I have never heard of {t}, what is it?"]
+COMPARE = ["What is the difference between {x} and {y}?", "What's the difference between {x} and {y}?", "{x} vs {y}", "{x} versus {y}", "Compare {x} and {y}.",
+           "How does {x} differ from {y}?", "How do {x} and {y} differ?", "difference between {x} and {y}", "{x} or {y}?", "Compare {x} with {y}",
+           "Explain the difference between {x} and {y}.", "What are {x} and {y}?", "Explain {x} and {y}.", "What is {x} and what is {y}?"]
 TERM_NEXT = ["And {t}?", "And what is {t}?", "What about {t}?", "How about {t}?", "and {t}", "ok, and {t}?", "Now {t}.", "Next: {t}"]
 
 ADD = """What is {a} + {b}?|What's {a} + {b}?|What is {a}+{b}?|what is {a}+{b}|{a} + {b}|{a}+{b}|{a}+{b}=|{a} + {b} =|{a}+{b}=?|{a} + {b} = ?
@@ -64,7 +76,8 @@ Add {a} and {b}.|Add {a} and {b}|Calculate {a} + {b}|Calculate {a}+{b}.|Compute 
 sum of {a} and {b}|The sum of {a} and {b}?|Can you add {a} and {b}?|What does {a} + {b} equal?|{a} + {b} equals?|{a} + {b} is?|{a}+{b}?|{a} + {b}?
 What do you get when you add {a} and {b}?|Tell me {a} + {b}.|Please calculate {a} + {b}.|How many are {a} and {b}?|{a} and {b} together?
 I have {a} apples and get {b} more. How many do I have?|If I have {a} and get {b} more, how many is that?|Math question: {a} + {b}
-Can you calculate {a} + {b}?|Do you know {a} + {b}?|Hi, what is {a} + {b}?|What is {a} and {b} together?|Evaluate {a} + {b}.|= {a} + {b}""".replace("\n", "|").split("|")
+Can you calculate {a} + {b}?|Do you know {a} + {b}?|Hi, what is {a} + {b}?|What is {a} and {b} together?|Evaluate {a} + {b}.|= {a} + {b}
+Could you add {a} and {b} for me?|{a} + {b}, please|Give me {a} + {b}.|Find {a} + {b}|I need {a} + {b}.|Result of {a} + {b}?|What is the result of {a} + {b}?|Calculate {a} + {b} for me, please.""".replace("\n", "|").split("|")
 ADD_HELD_OUT = ["Please work out {a} + {b} for me.", "Do you know what {a} plus {b} is?", "Tell me the sum of {a} and {b}."]
 SUB = """What is {a} - {b}?|What's {a} - {b}?|What is {a}-{b}?|what is {a}-{b}|{a} - {b}|{a}-{b}|{a}-{b}=|{a} - {b} =|{a}-{b}=?|{a} - {b} = ?
 How much is {a} - {b}?|How much is {a}-{b}?|How much is {a} minus {b}?|What is {a} minus {b}?|{a} minus {b}|{a} minus {b}?|whats {a}-{b}
@@ -72,19 +85,24 @@ Subtract {b} from {a}.|Subtract {b} from {a}|Calculate {a} - {b}|Calculate {a}-{
 Take {b} away from {a}.|Can you subtract {b} from {a}?|What does {a} - {b} equal?|{a} - {b} equals?|{a} - {b} is?|{a}-{b}?|{a} - {b}?|What is {a} − {b}?|{a} − {b}
 What do you get when you subtract {b} from {a}?|Tell me {a} - {b}.|Please calculate {a} - {b}.|What is {b} less than {a}?
 I have {a} apples and eat {b}. How many do I have?|If I have {a} and lose {b}, how many are left?|Math question: {a} - {b}
-Can you calculate {a} - {b}?|Do you know {a} - {b}?|Hi, what is {a} - {b}?|What is {a} take away {b}?|Evaluate {a} - {b}.|= {a} - {b}""".replace("\n", "|").split("|")
+Can you calculate {a} - {b}?|Do you know {a} - {b}?|Hi, what is {a} - {b}?|What is {a} take away {b}?|Evaluate {a} - {b}.|= {a} - {b}
+Could you subtract {b} from {a} for me?|{a} - {b}, please|Give me {a} - {b}.|Find {a} - {b}|I need {a} - {b}.|Result of {a} - {b}?|What is the result of {a} - {b}?|Calculate {a} - {b} for me, please.""".replace("\n", "|").split("|")
 SUB_HELD_OUT = ["Please work out {a} - {b} for me.", "Do you know what {a} minus {b} is?", "Tell me what {a} - {b} is."]
 MUL = """What is {a} x {b}?|What is {a} * {b}?|What is {a} × {b}?|What is {a} times {b}?|{a} * {b}|{a}*{b}|{a} x {b}|{a}x{b}|{a} × {b}|{a} times {b}
 How much is {a} times {b}?|How much is {a} * {b}?|Multiply {a} by {b}.|Multiply {a} and {b}|What is the product of {a} and {b}?|Calculate {a} * {b}
 Compute {a} * {b}.|What's {a} * {b}?|{a}*{b}=|{a} * {b} =|{a} x {b} = ?|What's {a} times {b}?|Calculate {a} times {b}|Can you multiply {a} by {b}?""".replace("\n", "|").split("|")
 DIV = """What is {a} / {b}?|What is {a} divided by {b}?|{a} / {b}|{a}/{b}|{a} divided by {b}|Divide {a} by {b}.|{a} ÷ {b}|{a}/{b}=|Calculate {a} / {b}
 How much is {a} / {b}?|How often does {b} fit into {a}?|Can you divide {a} by {b}?|What's {a}/{b}?|How much is {a} divided by {b}?""".replace("\n", "|").split("|")
+IS_SUM = ["Is {s} = {r}?", "Is {s}={r}?", "Is {s} {r}?", "Is {s} equal to {r}?", "{s} = {r}?", "{s} is {r}, right?", "Is it true that {s} is {r}?", "{s} = {r}, correct?",
+          "Does {s} equal {r}?", "Is {r} the result of {s}?", "{s} = {r}"]
 COUNT = ["Count from {a} to {b}.", "Count from {a} to {b}", "Please count from {a} to {b}.", "List the numbers from {a} to {b}.",
          "Can you count from {a} to {b}?", "Write the numbers from {a} to {b}.", "numbers from {a} to {b}"]
 COUNT_TO = ["Count to {b}.", "Count to {b}", "Can you count to {b}?", "Please count to {b}.", "count up to {b}"]
 
 WRAPPERS = ["Please: {q}", "Hi, {q}", "Hello! {q}", "Question: {q}", "I have a question: {q}", "Hey, {q}", "Quick question: {q}", "Ok, {q}",
-            "Hi! {q}", "So, {q}", "{q} Thanks!", "{q} please", "{q} Please answer briefly.", "{q} Thank you.", "And now: {q}", "Answer this: {q}"]
+            "Hi! {q}", "So, {q}", "{q} Thanks!", "{q} please", "{q} Please answer briefly.", "{q} Thank you.", "And now: {q}", "Answer this: {q}",
+            "Answer in one word: {q}", "{q} Answer in one sentence.", "{q} Be brief.", "Could you please help me? {q}", "Tell me: {q}", "I wonder: {q}",
+            "Please answer the following question: {q}", "Hey Baton, {q}", "Baton, {q}", "{q} I need to know.", "Just tell me: {q}", "Sorry, {q}"]
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
 eighteen nineteen twenty""".split()
 AGAIN = ["Say that again", "Repeat that, please", "Please repeat", "Can you repeat that?", "What did you say?", "again", "Again, please", "Pardon?"]
@@ -156,12 +174,15 @@ COUNTRIES = [Country(line) for line in _lines("countries.txt")]
 NUM_UN = 195
 REVERSIBLE = [c for c in COUNTRIES if c.name != "England"]  # London is asked back as the capital of the United Kingdom
 TERMS = _entries("terms.txt")
+TERM_ENTRIES = [e for e in TERMS if e.names]
+# Pairs whose difference has an answer of its own; of others both definitions are given.
+COMPARED = {frozenset((x.names[0], y.names[0])): e.answer for e in TERMS for x in TERM_ENTRIES for y in TERM_ENTRIES
+            if f"What is the difference between {x.names[0]} and {y.names[0]}?" in e.asks}
 SMALL_TALK = _entries("small_talk.txt")
 SYSTEM_PROMPTS = _lines("system_prompts.txt")
 _unknown = _sections("unknown.txt")
 UNKNOWN_ASKS, UNKNOWN_HELD_OUT = _unknown["questions"], _unknown["held out questions"]
-TOPICS, PEOPLE, PLACES = ("; ".join(_unknown[k]).split("; ") for k in ("topics", "people", "not countries"))
-TERM_ENTRIES = [e for e in TERMS if e.names]
+TOPICS, PEOPLE, PLACES, VERBS = ("; ".join(_unknown[k]).split("; ") for k in ("topics", "people", "not countries", "verbs"))
 ALL_NAMES = {n.lower() for c in COUNTRIES for n in c.names}
 
 
@@ -180,9 +201,9 @@ def vary(q, rng):
     r = rng.random()
     if r < 0.30:
         q = q.lower()
-    elif r < 0.34:
+    elif r < 0.36:
         q = q.upper()
-    elif r < 0.40:
+    elif r < 0.42:
         q = q[:1].lower() + q[1:]
     r = rng.random()
     if r < 0.25:
@@ -236,6 +257,11 @@ def capital(rng):
     return turns
 
 
+def two_capitals(rng):
+    c, d = rng.sample(COUNTRIES, 2)
+    return [(vary(rng.choice(TWO_CAPITALS).format(c=rng.choice(c.names), d=rng.choice(d.names)), rng), f"{c.answer} {d.answer}")]
+
+
 def reverse(rng):
     c = rng.choice(REVERSIBLE)
     if rng.random() < 0.6:
@@ -270,16 +296,19 @@ def _pair(op, rng, limit=100):
 def add(rng, limit=100):
     a, b = _pair("+", rng, limit)
     turns = [(vary(rng.choice(ADD).format(a=_operand(a, rng), b=_operand(b, rng)), rng), f"{a} + {b} = {a + b}.")]
-    if limit == 100 and rng.random() < 0.15 and a + b < 100:
-        a, b = a + b, rng.randrange(100)
-        if not held_out("+", a, b):
-            turns.append((vary(rng.choice(["plus {b}?", "And plus {b}?", "Add {b} to that.", "+ {b}", "+{b}", "and + {b}?"]).format(b=b), rng),
-                          f"{a} + {b} = {a + b}."))
+    while limit == 100 and rng.random() < 0.2 and 0 <= (a := int(turns[-1][1].rstrip(".").split()[-1])) < 100:
+        b, (op, word) = rng.randrange(100), rng.choice([("+", "plus"), ("-", "minus")])
+        if not held_out(op, a, b):
+            ask = rng.choice(["{w} {b}?", "And {w} {b}?", "and {w} {b}", "now {w} {b}", "{o} {b}", "{o}{b}", "and {o} {b}?"]).format(b=b, o=op, w=word)
+            turns.append((vary(ask, rng), f"{a} {op} {b} = {a + b if op == '+' else a - b}."))
     return turns
 
 
 def subtract(rng, limit=100):
     a, b = _pair("-", rng, limit)
+    if rng.random() < 0.15:  # near each other: the hardest, since all digits count
+        near = max(0, min(limit - 1, a + rng.randint(-20, 20)))
+        b = b if held_out("-", a, near) else near
     if a < b and rng.random() < 0.3 and not held_out("-", b, a):
         a, b = b, a
     return [(vary(rng.choice(SUB).format(a=_operand(a, rng), b=_operand(b, rng)), rng), f"{a} - {b} = {a - b}.")]
@@ -287,6 +316,17 @@ def subtract(rng, limit=100):
 
 def large_sum(rng):
     return rng.choice([add, subtract])(rng, rng.choice([200, 1000, 1000]))
+
+
+def is_sum(rng):
+    op = rng.choice("+-")
+    a, b = _pair(op, rng)
+    right = a + b if op == "+" else a - b
+    said = right if rng.random() < 0.5 else right + rng.choice([-10, -3, -2, -1, 1, 2, 3, 10])
+    if rng.random() < 0.1:
+        said = rng.randrange(200)
+    ask = rng.choice(IS_SUM).format(s=rng.choice(["{a} {o} {b}", "{a}{o}{b}"]).format(a=a, b=b, o=op), r=said)
+    return [(vary(ask, rng), f"{a} {op} {b} = {right}, so {'yes' if said == right else 'no'}.")]
 
 
 def multiply(rng):
@@ -317,8 +357,8 @@ def no_sum(rng):
 
 
 def count(rng):
-    a = 1 if rng.random() < 0.5 else rng.randrange(0, 80)
-    b = a + rng.randint(1, 20)
+    a = 1 if rng.random() < 0.5 else rng.randrange(0, 95)
+    b = min(100, a + rng.randint(1, rng.choice([10, 30, 99])))
     ask = rng.choice(COUNT_TO) if a == 1 and rng.random() < 0.7 else rng.choice(COUNT)
     return [(vary(ask.format(a=a, b=b), rng), ", ".join(map(str, range(a, b + 1))) + ".")]
 
@@ -341,6 +381,20 @@ def term(rng):
     return turns
 
 
+def compare(rng):
+    x, y = rng.sample(TERM_ENTRIES, 2)
+    if rng.random() < 0.2:
+        wanted = rng.choice(list(COMPARED))
+        x, y = rng.sample([e for e in TERM_ENTRIES if e.names[0] in wanted], 2)
+    first = lambda e: e.answer.split(". ")[0].rstrip(".") + "."
+    answer = COMPARED.get(frozenset((x.names[0], y.names[0])), f"{first(x)} {first(y)}")
+    ask = rng.choice(COMPARE[:11] if answer in COMPARED.values() else COMPARE)
+    if answer in COMPARED.values() and rng.random() < 0.2:
+        return [(vary(term_question(x, rng), rng), x.answer), (vary(rng.choice(TERM_NEXT).format(t=rng.choice(y.names)), rng), y.answer),
+                (vary(rng.choice(["What is the difference?", "What's the difference?", "And the difference?", "How do they differ?", "Compare them."]), rng), answer)]
+    return [(vary(ask.format(x=rng.choice(x.names), y=rng.choice(y.names)), rng), answer)]
+
+
 def small_talk(rng):
     e = rng.choice(SMALL_TALK)
     return [(vary(rng.choice(e.asks), rng), e.answer)]
@@ -348,17 +402,17 @@ def small_talk(rng):
 
 def unknown(rng, asks=UNKNOWN_ASKS):
     slots = {"t": lambda: rng.choice(TOPICS), "p": lambda: rng.choice(PEOPLE), "c": lambda: rng.choice(COUNTRIES).name,
-             "n": lambda: str(rng.randrange(2000)), "w": lambda: random_word(rng)}
+             "v": lambda: rng.choice(VERBS), "n": lambda: str(rng.randrange(2000)), "w": lambda: random_word(rng)}
     if asks is UNKNOWN_ASKS and rng.random() < 0.15:  # known ways to ask, about what is not known
         q = rng.choice(TERM).format(t=random_word(rng) if rng.random() < 0.5 else rng.choice(TOPICS))
     else:
-        q = re.sub(r"\{([tpcnw])\}", lambda m: slots[m[1]](), rng.choice(asks))
+        q = re.sub(r"\{([tpcnwv])\}", lambda m: slots[m[1]](), rng.choice(asks))
     return [(vary(q, rng), UNKNOWN)]
 
 
 def again(rng):
-    q, a = rng.choice([capital, add, term, reverse])(rng)[0]
-    return [(q, a), (vary(rng.choice(AGAIN), rng), a)]
+    turns = rng.choice([capital, add, add, subtract, term, reverse])(rng)
+    return turns + [(vary(rng.choice(AGAIN), rng), turns[-1][1])]
 
 
 def plain_text(rng):
@@ -376,19 +430,28 @@ def plain_text(rng):
         a, b = _pair(op, rng, rng.choice([100, 100, 1000]))
         prompt, space = rng.choice([("{a} {o} {b} =", " "), ("{a}{o}{b}=", "")])
         return prompt.format(a=a, b=b, o=op), f"{space}{a + b if op == '+' else a - b}"
-    if r < 0.80:
-        start, rest = rng.choice([s for e in TERMS for s in e.starts])
+    if r < 0.78:
+        start, rest = rng.choice([s for e in TERMS + SMALL_TALK for s in e.starts])
         return start if rng.random() < 0.8 else start.lower(), " " + rest
+    if r < 0.82:
+        a, n = rng.randrange(80), rng.randint(2, 8)
+        a = rng.choice([1, 1, a])
+        return ", ".join(map(str, range(a, a + n))) + ",", " " + ", ".join(map(str, range(a + n, a + n + 10))) + "."
+    if r < 0.86:
+        return vary(unknown(rng)[0][0], rng).rstrip("?!. "), PLAIN_UNKNOWN
     q, a = rng.choice([capital, capital, reverse, add, subtract, term, small_talk, unknown])(rng)[0]
-    form = rng.choice(["Q: {q}\nA:", "Question: {q}\nAnswer:", "User: {q}\nAssistant:", "{q}\n"])
+    form = rng.choice(["Q: {q}\nA:", "{q}", "{q}", "Question: {q}\nAnswer:", "User: {q}\nAssistant:", "{q}\n"])
+    if form == "{q}" and q[-1] not in "?.!":
+        q += "?"
     return form.format(q=q), a if form.endswith("\n") else " " + a
 
 
 # category -> (generator, share of the atoms)
 CHAT = {
-    "capital": (capital, 0.24), "reverse": (reverse, 0.12), "no_country": (no_country, 0.03), "add": (add, 0.12), "subtract": (subtract, 0.10),
-    "large_sum": (large_sum, 0.08), "multiply": (multiply, 0.02), "no_sum": (no_sum, 0.03), "count": (count, 0.01), "term": (term, 0.12),
-    "small_talk": (small_talk, 0.03), "unknown": (unknown, 0.09), "again": (again, 0.01),
+    "capital": (capital, 0.20), "two_capitals": (two_capitals, 0.03), "reverse": (reverse, 0.12), "no_country": (no_country, 0.03),
+    "add": (add, 0.10), "subtract": (subtract, 0.09), "large_sum": (large_sum, 0.12), "is_sum": (is_sum, 0.02), "multiply": (multiply, 0.02),
+    "no_sum": (no_sum, 0.03), "count": (count, 0.01), "term": (term, 0.10), "compare": (compare, 0.02), "small_talk": (small_talk, 0.03),
+    "unknown": (unknown, 0.07), "again": (again, 0.01),
 }
 
 
@@ -431,6 +494,10 @@ def evaluation_sets(seed=7):
     sets["a + b, all of 0..99"] = False, [_ask(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.") for a in range(100) for b in range(100)]
     sets["a - b, all of 0..99"] = False, [_ask(f"What is {a} - {b}?", f"{a} - {b} = {a - b}.") for a in range(100) for b in range(100)]
     sets["a x b, all of 0..12"] = False, [_ask(f"What is {a} x {b}?", f"{a} x {b} = {a * b}.") for a in range(13) for b in range(13)]
+    sets["is a + b = c"] = False, [_ask(*is_sum(rng)[0]) for _ in range(500)]
+    sets["counting, up to 100 numbers"] = False, [_ask(*count(rng)[0]) for _ in range(100)] + [_ask("Count to 100.", ", ".join(map(str, range(1, 101))) + ".")]
+    sets["two capitals at once"] = False, [_ask(*two_capitals(rng)[0]) for _ in range(300)]
+    sets["difference of two terms"] = False, [_ask(*compare(rng)[0]) for _ in range(300)]
     sets["terms"] = False, [_ask(q, e.answer) for e in TERMS for q in [f"What is {n}?" for n in e.names] + e.asks]
     sets["small talk"] = False, [_ask(q, e.answer) for e in SMALL_TALK for q in e.asks]
     sets["says that it does not know"] = False, [_ask(unknown(rng)[0][0], UNKNOWN) for _ in range(500)]
