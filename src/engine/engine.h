@@ -18,14 +18,19 @@ namespace baton {
 
 struct EngineConfig {
   int32_t block_tokens = 16;
-  /// KV pool size; either in blocks or bytes (blocks win when both are set).
+  /// KV pool size; either in blocks or bytes (blocks win when both are set). Both 0: what max_running
+  /// sequences of full length need, at most 1 GiB. The memory is touched only as blocks are used.
   int64_t kv_blocks = 0;
   int64_t kv_bytes = 0;
-  /// Tokens computed per step over all sequences; longer prompts are cut into chunks.
+  /// Tokens computed per step over all sequences; longer prompts are cut into chunks. At least block_tokens.
   int32_t max_batched_tokens = 512;
+  /// Running and reserved sequences; at most max_batched_tokens - block_tokens of them are let in, so that
+  /// decodes leave every step room for a block of prefill.
   int32_t max_running = 256;
   int32_t max_waiting = 4096;
-  int32_t max_model_len = 0;          ///< 0: the model's
+  /// Prompt and output of one sequence. 0: the model's, or what the KV pool holds if that is less. A length that
+  /// is set and does not fit the pool is an error.
+  int32_t max_model_len = 0;
   bool prefix_cache = true;
 
   Status validate() const;
@@ -51,6 +56,10 @@ struct LayerReady {
 
 /// Token ids in, token ids out: continuous batching over one model on one device. No text, no sockets.
 /// Every function is called by the one thread that owns the engine; step() runs one iteration.
+///
+/// A request that fits max_model_len always fits the pool once others are gone, so it ends: when a decode needs a
+/// block, the latest arrival gives up its blocks and is computed again later, its output going on where it
+/// was (never prefill_only requests, whose KV is being sent). Outputs do not depend on any of that.
 class Engine {
  public:
   /// `model` and `clock` must outlive the engine.
@@ -61,9 +70,13 @@ class Engine {
   /// Queues a request. Errors: invalid_argument (length, token ids, sampling), resource_exhausted (queue full).
   virtual Status submit(Request request) = 0;
   /// Ends a request wherever it is and frees its blocks at once; unknown ids are ignored. No output follows.
+  /// Except for a reservation, into whose blocks a peer may still write: that is abandon(id, true).
   virtual void cancel(RequestId id) = 0;
-  /// True when step() would do something.
+  /// True when step() would do something: false also while requests wait for blocks that only release(), abandon()
+  /// or end_quarantine() can give.
   virtual bool has_work() const = 0;
+  /// The earliest deadline of a waiting or running request: when it passes, has_work() is true.
+  virtual Deadline next_deadline() const = 0;
   /// Schedules, computes and samples once. Never fails as a whole: failures are outputs of their requests.
   virtual StepOutput step() = 0;
 
@@ -72,10 +85,13 @@ class Engine {
     int32_t cached_tokens = 0;            ///< already here, whole blocks; must not be written again
     std::vector<BlockId> blocks;          ///< for the whole prompt (+ generated), cached ones first
   };
-  /// Blocks for all tokens of the request's prompt and generated. resource_exhausted: try again later.
+  /// Blocks for all tokens of the request's prompt and generated. resource_exhausted: try again later (blocks or
+  /// places are taken, or kept for a waiting request that came before). failed_precondition: `id` still has
+  /// blocks in quarantine from an earlier attempt; use another id for the next one.
   virtual Result<Reservation> reserve(const Request& request) = 0;
   /// The KV of every prompt token is in the reserved blocks; `first` is the token the peer sampled. It is
-  /// reported by the next step(), then decoding goes on.
+  /// reported by the next step() (with its finish reason, if it is the last), then decoding goes on.
+  /// Errors: not_found (no such reservation), invalid_argument (no token, or out of range).
   virtual Status admit(RequestId id, TokenOutput first) = 0;
   /// Gives a reservation up. With `quarantine` the blocks that are not cached stay untouched until
   /// end_quarantine(id).
@@ -84,7 +100,7 @@ class Engine {
 
   // -- Handoff, sending side. --------------------------------------------------------------------------------
   /// Called inside step() on the engine thread for prefill_only requests: once per layer and chunk, and once
-  /// per layer for a cached prefix, before anything is computed.
+  /// per layer for a cached prefix, before anything is computed. Must not call the engine.
   virtual void set_layer_ready(std::function<void(const LayerReady&)> callback) = 0;
   /// Frees the KV of a prefill_only request that is done.
   virtual void release(RequestId id) = 0;

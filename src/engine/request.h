@@ -25,10 +25,10 @@ struct SamplingParams {
   float presence_penalty = 0.0f;
   float frequency_penalty = 0.0f;
   float repetition_penalty = 1.0f;
-  std::vector<std::pair<TokenId, float>> logit_bias;
+  std::vector<std::pair<TokenId, float>> logit_bias = {};
   int32_t max_tokens = 16;           ///< output tokens, counted from the start of the request (replays included)
   int32_t min_tokens = 0;
-  std::vector<TokenId> stop_token_ids;
+  std::vector<TokenId> stop_token_ids = {};
   bool ignore_eos = false;
   int32_t logprobs = -1;             ///< -1: none; n: the chosen token's and the n most likely
 
@@ -37,14 +37,14 @@ struct SamplingParams {
 
 struct Request {
   RequestId id{};
-  std::vector<TokenId> prompt;
+  std::vector<TokenId> prompt = {};
   /// Tokens already generated elsewhere (replay after a decode worker's death): treated as output, not
   /// reported again; sampling goes on at index generated.size().
-  std::vector<TokenId> generated;
-  SamplingParams sampling;
+  std::vector<TokenId> generated = {};
+  SamplingParams sampling = {};
   /// Stop after prefill: report the first token, keep the KV until release(). Never preempted.
   bool prefill_only = false;
-  Deadline deadline;                 ///< of waiting and running; kDeadlineExceeded when it passes
+  Deadline deadline = {};              ///< of waiting and running; kDeadlineExceeded when it passes
 };
 
 struct TokenLogprob {
@@ -67,9 +67,9 @@ struct TokenOutput {
   std::optional<TokenId> token;
   int32_t index = 0;                          ///< of the token among the request's outputs
   float logprob = 0;                          ///< natural log, after temperature 1 softmax of raw logits
-  std::vector<TokenLogprob> top_logprobs;     ///< sampling.logprobs entries, most likely first
+  std::vector<TokenLogprob> top_logprobs = {}; ///< sampling.logprobs entries, most likely first
   FinishReason finish = FinishReason::kNone;
-  Status status;                              ///< set with kError
+  Status status = {};                         ///< set with kError
   int32_t cached_prompt_tokens = 0;           ///< prompt tokens taken from the prefix cache (first output only)
 };
 

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/request.h"
+#include "engine/sampler.h"
+#include "kv/block_pool.h"
+
+namespace baton {
+
+/// A request inside the engine.
+///
+///   submit -> kWaiting -> kRunning -> (finished: gone) | kHeld (prefill_only, until release)
+///                ^            |
+///                +-preempted--+
+///   reserve -> kReserved -> (admit) kRunning | (abandon: gone)
+struct Sequence {
+  enum class State : uint8_t { kWaiting, kRunning, kReserved, kHeld };
+
+  RequestId id{};
+  uint64_t arrival = 0;            ///< order of submit() and reserve()
+  State state = State::kWaiting;
+  bool prefill_only = false;
+  bool preempted = false;          ///< waits to be computed again
+  bool reported = false;           ///< an output was made, with cached_prompt_tokens
+  bool admitted_before = false;    ///< counted in the prefix statistics
+  Deadline deadline;
+  SamplingParams sampling;
+  std::vector<TokenId> tokens;     ///< prompt, then output (generated elsewhere or here)
+  int32_t prompt_tokens = 0;
+  int32_t computed = 0;            ///< leading tokens whose KV is in the pool
+  int32_t cached_prompt_tokens = 0;
+  int32_t reserved_cached_blocks = 0;  ///< kReserved: leading blocks that were in the prefix cache
+  std::vector<BlockId> table;      ///< blocks held, for at least `computed` tokens
+  PublishCursor published;
+  TokenCounts counts;
+
+  int32_t length() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t outputs() const { return length() - prompt_tokens; }
+};
+
+}  // namespace baton
