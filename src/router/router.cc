@@ -84,6 +84,10 @@ struct Router::Impl {
       }
     }
     core.shutdown();
+    {
+      std::lock_guard lock(mutex);
+      stopped = true;
+    }
     publish();
   }
 
@@ -135,10 +139,13 @@ struct Router::Impl {
       if (worker->metrics.empty()) continue;
       fresh_metrics.emplace_back(worker->hello.name().empty() ? worker->address : worker->hello.name(), worker->metrics);
     }
-    std::lock_guard lock(mutex);
-    health = std::move(fresh);
-    metrics = std::move(fresh_metrics);
-    stats = core.stats();
+    {
+      std::lock_guard lock(mutex);
+      health = std::move(fresh);
+      metrics = std::move(fresh_metrics);
+      stats = core.stats();
+    }
+    changed.notify_all();
   }
 
   const int64_t max_requests;
@@ -149,6 +156,8 @@ struct Router::Impl {
   int64_t next_tick_ns = 0;
 
   mutable std::mutex mutex;  // guards what other threads read
+  mutable std::condition_variable changed;
+  bool stopped = false;
   RouterHealth health;
   std::vector<std::pair<std::string, std::string>> metrics;
   RouterStats stats;
@@ -193,6 +202,20 @@ RouterStats Router::stats() const {
 std::vector<std::pair<std::string, std::string>> Router::worker_metrics() const {
   std::lock_guard lock(impl_->mutex);
   return impl_->metrics;
+}
+
+bool Router::wait_ready(int64_t timeout_ms) const {
+  std::unique_lock lock(impl_->mutex);
+  impl_->changed.wait_for(lock, std::chrono::milliseconds(timeout_ms),
+                          [this] { return impl_->stopped || impl_->health.ready; });
+  return impl_->health.ready && !impl_->stopped;
+}
+
+void Router::wait_idle(int64_t timeout_ms) const {
+  std::unique_lock lock(impl_->mutex);
+  impl_->changed.wait_for(lock, std::chrono::milliseconds(timeout_ms), [this] {
+    return impl_->stopped || impl_->inside.load(std::memory_order_relaxed) == 0;
+  });
 }
 
 void Router::stop() { impl_->stop(); }

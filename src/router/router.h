@@ -164,6 +164,10 @@ class Router {
   RouterStats stats() const;
   /// Each ready worker's name and what it last sent of its metrics (see protocol/metrics_codec.h).
   std::vector<std::pair<std::string, std::string>> worker_metrics() const;
+  /// Waits until a request can be served end to end; false when stopped before or after `timeout_ms`.
+  bool wait_ready(int64_t timeout_ms) const;
+  /// Waits until no request is inside, at most `timeout_ms`.
+  void wait_idle(int64_t timeout_ms) const;
   void stop();
 
  private:
