@@ -50,6 +50,11 @@ struct AgentConfig {
   uint32_t max_metadata_bytes = 1u << 20;
   /// Bound for a transfer that names no deadline.
   int64_t default_timeout_ms = 30'000;
+  /// A transfer that is over its deadline (or cancelled) while some of it is under way waits for that to
+  /// end. When nothing at all has come back from the peer for this long, the path to it is broken off.
+  int64_t stall_timeout_ms = 1'000;
+  /// No thread: the owner calls progress(). For simulations and tests.
+  bool manual_progress = false;
 
   Status validate() const;
 };
@@ -121,6 +126,11 @@ class Transfer {
   /// Asks for an early end with kCancelled. After done() turns true the local memory is not read and the
   /// remote memory not written any more on behalf of this transfer.
   void cancel() const;
+  /// True when nothing of this transfer can still reach the peer's memory. Always so after success, and
+  /// after a failure unless the path had to be broken off with bytes on the way (kUnavailable or
+  /// kDeadlineExceeded): then the owner of that memory must fence() this agent before it reuses the blocks.
+  /// Must be done().
+  bool settled() const;
 
   class Impl;
   explicit Transfer(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -159,8 +169,9 @@ class Peer {
   Result<Transfer> write(BlockWrite write, std::function<void(const Status&)> on_done = {}) const;
   /// False after a fatal completion error or close().
   bool alive() const;
-  /// Fails what is queued or in flight and frees the peer's resources. After the returned Status is ok
-  /// nothing from or to this peer touches memory any more.
+  /// Fails what is queued or in flight and frees the peer's resources, then does Agent::fence() with its
+  /// epoch. After the returned Status is ok nothing from or to this peer touches memory any more. Blocks
+  /// for at most a second; not from a callback.
   Status close() const;
 
   class Impl;
@@ -176,6 +187,8 @@ struct AgentStats {
   uint64_t stray_messages = 0;  ///< arrived for a tag that is not open (a late write after close_inbox)
   uint64_t retries = 0;         ///< EAGAIN answers that were tried again
   uint64_t failed_transfers = 0;
+  uint64_t inbound_peers = 0;   ///< agents that can write into this one now
+  uint64_t fences = 0;
 };
 
 /// Owns rails, endpoints, completion queues and one progress thread per rail group.
@@ -205,6 +218,18 @@ class Agent {
   virtual uint64_t arrived(Tag tag) const = 0;
   /// Forgets the tag. Its callback does not run after this returns. Later messages count as stray.
   virtual void close_inbox(Tag tag) = 0;
+
+  /// Shuts the agent with that epoch out: whatever it has under way towards this process's memory ends, and
+  /// what it tries later with metadata that it has now is refused (metadata() made after this lets it in
+  /// again). ok: nothing from it touches memory any more, its blocks may be reused. unavailable: it may
+  /// still write (it is stopped, or out of reach): keep the blocks in quarantine and call again. An epoch
+  /// that was never seen is fenced, too: what is on its way is refused when it arrives.
+  /// Blocks for at most a second; not from a callback.
+  virtual Status fence(Epoch peer) = 0;
+
+  /// One turn of the work that the progress thread does; returns how much happened. Only with
+  /// manual_progress. Runs callbacks.
+  virtual size_t progress() = 0;
 
   virtual AgentStats stats() const = 0;
   /// The transport this agent offers, for the log and /health.

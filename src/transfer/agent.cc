@@ -1,0 +1,497 @@
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <limits>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "transfer/agent_impl.h"
+#include "transfer/fabric/fabric_backend.h"
+#include "transfer/fabric/provider.h"
+#include "transfer/shm/shm_backend.h"
+
+namespace baton::transfer {
+namespace {
+
+constexpr std::array<std::string_view, 6> kTransports = {"auto", "shm", "tcp", "efa", "verbs", "sim"};
+
+/// Identifies the running kernel: the same for all containers of a host, new after every boot.
+std::string read_host_id() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  std::getline(file, id);
+  return id.substr(0, kMaxNameBytes);
+}
+
+}  // namespace
+
+Status AgentConfig::validate() const {
+  if (name.empty() || name.size() > kMaxNameBytes) {
+    return invalid_argument("agent name of {} bytes; 1 to {} are possible", name.size(), kMaxNameBytes);
+  }
+  if (std::find(kTransports.begin(), kTransports.end(), transport) == kTransports.end()) {
+    return invalid_argument("unknown transport '{}'; there are: {}", transport, fmt::join(kTransports, ", "));
+  }
+  if (max_inflight_per_rail == 0 || max_inflight_per_rail > 65536) {
+    return invalid_argument("max_inflight_per_rail is {}; 1 to 65536 are possible", max_inflight_per_rail);
+  }
+  if (max_queued_transfers == 0 || default_timeout_ms <= 0 || stall_timeout_ms <= 0) {
+    return invalid_argument("max_queued_transfers ({}), default_timeout_ms ({}) and stall_timeout_ms ({}) must be "
+                            "positive", max_queued_transfers, default_timeout_ms, stall_timeout_ms);
+  }
+  return Status();
+}
+
+struct AgentCore::Context final : BackendContext {
+  explicit Context(AgentCore& agent) : agent_(agent) {
+    agent_name = agent.config_.name;
+    epoch = agent.epoch_;
+    clock = &agent.clock_;
+    config = agent.config_;
+  }
+  std::vector<LocalPool> pools() const override {
+    std::lock_guard lock(agent_.handover_mutex_);
+    return agent_.pools_;
+  }
+  Result<const BackendRegion*> backend_region(const LocalPool& pool, Backend& backend) override {
+    return pool.region.impl()->with(backend);
+  }
+  uint64_t serial() const override { return agent_.serial_; }
+  void wake() override { agent_.wake(); }
+
+  AgentCore& agent_;
+};
+
+AgentCore::AgentCore(AgentConfig config, const Clock& clock)
+    : config_(std::move(config)),
+      clock_(clock),
+      epoch_(new_epoch()),
+      host_id_(read_host_id()),
+      inboxes_(static_cast<uint32_t>(mix_bits(static_cast<uint64_t>(epoch_)))) {}
+
+AgentCore::~AgentCore() { stop(); }
+
+Status AgentCore::start(const BackendFactory& factory) {
+  doorbell_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!doorbell_) return internal_error("eventfd: {}", std::strerror(errno));
+  context_ = std::make_shared<Context>(*this);
+  BATON_RETURN_IF_ERROR(open_backends(factory));
+  log_info("transfer {}: epoch {:016x}, offers {}", config_.name, static_cast<uint64_t>(epoch_), describe());
+  if (!config_.manual_progress) thread_ = std::thread([this] { run(); });
+  return Status();
+}
+
+Status AgentCore::open_backends(const BackendFactory& factory) {
+  auto add = [this](Result<std::unique_ptr<Backend>> backend) -> Status {
+    if (!backend.ok()) return backend.status();
+    backends_.push_back(std::move(*backend));
+    return Status();
+  };
+  if (factory) return add(factory(context_));
+  const std::string& transport = config_.transport;
+  if (transport == "sim") {
+    return invalid_argument("transport 'sim' is made with create_sim_agent()");
+  }
+  if (transport == "shm") return add(create_shm_backend(context_));
+  if (transport != "auto") return add(create_fabric_backend(context_, transport, true));
+
+  // auto: what each of these can do is decided per peer, in choose_path().
+  if (Status shm = add(create_shm_backend(context_)); !shm.ok()) {
+    log_warning("transfer {}: no shm: {}", config_.name, shm.to_string());
+  }
+  bool rdma = fabric::has_rdma_device();
+  if (rdma) {
+    for (const char* name : {"efa", "verbs"}) {
+      Status status = add(create_fabric_backend(context_, name, true));
+      if (status.ok()) break;
+      log_info("transfer {}: no {}: {}", config_.name, name, status.message());
+    }
+  }
+  if (config_.allow_tcp || !rdma) {
+    if (Status tcp = add(create_fabric_backend(context_, "tcp", false)); !tcp.ok()) {
+      log_warning("transfer {}: no tcp: {}", config_.name, tcp.to_string());
+    }
+  }
+  if (backends_.empty()) return unavailable("no transport could be opened; the log says why");
+  return Status();
+}
+
+void AgentCore::stop() {
+  if (stopping_.exchange(true)) return;
+  wake();
+  if (thread_.joinable()) thread_.join();
+  // A shared endpoint may still be at work for a peer: give it the time that close() gives.
+  int64_t deadline_ns = SteadyClock::instance().now_ns() + 1'000'000'000;
+  while (true) {
+    bool open = false;
+    {
+      std::lock_guard lock(mutex_);
+      take_incoming();
+      std::vector<std::shared_ptr<PeerCore>> peers = peers_;
+      for (const auto& peer : peers) {
+        fail_peer(*peer, cancelled("the agent '{}' was closed", config_.name));
+        close_link(*peer);
+        open = open || peer->state != PeerCore::State::kClosed;
+      }
+      if (open) {
+        for (const auto& backend : backends_) backend->progress(*this);
+        failed_.clear();
+      }
+    }
+    run_callbacks();
+    if (!open) break;
+    if (SteadyClock::instance().now_ns() > deadline_ns) {
+      // Leaking the endpoint is the lesser evil: freeing it now could free memory that is being read.
+      log_error("transfer {}: a device did not end its operations; its endpoint is left open", config_.name);
+      for (auto& backend : backends_) (void)backend.release();
+      for (const auto& peer : peers_) (void)peer->link.release();
+      break;
+    }
+    std::this_thread::yield();
+  }
+  std::lock_guard lock(mutex_);
+  busy_.clear();
+  peers_.clear();
+  backends_.clear();
+  std::lock_guard handover(handover_mutex_);
+  pools_.clear();
+}
+
+Result<const BackendRegion*> MemoryRegion::Impl::with(Backend& backend) {
+  for (const auto& [owner, region] : registrations_) {
+    if (owner == &backend) return region.get();
+  }
+  BATON_ASSIGN_OR_RETURN(std::unique_ptr<BackendRegion> region, backend.register_memory(memory_, kind_));
+  registrations_.emplace_back(&backend, std::move(region));
+  return registrations_.back().second.get();
+}
+
+std::byte* MemoryRegion::data() const { return impl_ ? impl_->memory().data() : nullptr; }
+size_t MemoryRegion::bytes() const { return impl_ ? impl_->memory().size() : 0; }
+
+Result<MemoryRegion> AgentCore::register_memory(std::span<std::byte> memory, MemoryKind kind) {
+  if (memory.empty()) return invalid_argument("registering no memory");
+  if (kind != MemoryKind::kHost) return unimplemented("this build moves host memory only");
+  auto impl = std::make_shared<MemoryRegion::Impl>(memory, kind);
+  // With one transport it is certain to be needed; with several, when the first peer comes.
+  if (config_.transport != "auto") {
+    std::lock_guard lock(mutex_);
+    for (const auto& backend : backends_) BATON_RETURN_IF_ERROR(impl->with(*backend).status());
+  }
+  std::lock_guard lock(handover_mutex_);
+  ++registered_regions_;
+  registered_bytes_ += memory.size();
+  return MemoryRegion(std::move(impl));
+}
+
+Result<PoolId> AgentCore::add_pool(PoolConfig pool) {
+  if (!pool.region) return invalid_argument("a pool needs a registered region");
+  if (pool.stride_bytes == 0 || pool.count == 0 ||
+      pool.count > std::numeric_limits<uint64_t>::max() / pool.stride_bytes ||
+      pool.count * pool.stride_bytes > pool.region.bytes()) {
+    return invalid_argument("a pool of {} blocks of {} bytes does not fit its region of {} bytes", pool.count,
+                            pool.stride_bytes, pool.region.bytes());
+  }
+  std::lock_guard lock(handover_mutex_);
+  if (pools_.size() >= kMaxPools) return resource_exhausted("more than {} pools", kMaxPools);
+  auto id = static_cast<uint32_t>(pools_.size());
+  pools_.push_back({id, pool.region, pool.stride_bytes, pool.count});
+  return static_cast<PoolId>(id);
+}
+
+std::string AgentCore::metadata() const {
+  Metadata metadata;
+  metadata.name = config_.name;
+  metadata.epoch = epoch_;
+  metadata.host_id = host_id_;
+  std::lock_guard lock(mutex_);
+  metadata.serial = serial_;
+  {
+    std::lock_guard handover(handover_mutex_);
+    for (const LocalPool& pool : pools_) {
+      metadata.pools.push_back({pool.id, pool.region.impl()->kind(), pool.stride_bytes, pool.count});
+    }
+  }
+  for (const auto& backend : backends_) {
+    metadata.offers.push_back({backend->transport(), backend->provider(), backend->address()});
+  }
+  return encode_metadata(metadata);
+}
+
+Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer) {
+  bool same_host = !host_id_.empty() && host_id_ == peer.host_id;
+  bool automatic = config_.transport == "auto";
+  std::string tried;
+  for (const auto& backend : backends_) {
+    const std::string& transport = backend->transport();
+    auto offer = std::find_if(peer.offers.begin(), peer.offers.end(),
+                              [&](const Metadata::Offer& one) { return one.transport == transport; });
+    auto skip = [&](std::string_view why) { tried += fmt::format("{}{}: {}", tried.empty() ? "" : "; ", transport, why); };
+    if (offer == peer.offers.end()) {
+      skip("the peer does not offer it");
+      continue;
+    }
+    if (automatic && transport == "shm" && !same_host) {
+      skip("another host");
+      continue;
+    }
+    Result<std::unique_ptr<Link>> link = backend->open_link(peer, *offer);
+    if (!link.ok()) {
+      skip(link.status().message());
+      continue;
+    }
+    std::string reason = !automatic ? fmt::format("--transport {}", transport)
+                         : same_host ? "same host" : "other host";
+    if (!tried.empty()) reason += fmt::format(" ({})", tried);
+    return PathChoice{backend.get(), std::move(*link), std::move(reason)};
+  }
+  std::vector<std::string_view> offered;
+  for (const Metadata::Offer& offer : peer.offers) offered.push_back(offer.transport);
+  return unavailable("no path to '{}' (transport {}, {} host; it offers {}): {}", peer.name, config_.transport,
+                     same_host ? "same" : "other", fmt::join(offered, ", "), tried);
+}
+
+Result<std::shared_ptr<PeerCore>> AgentCore::connect(std::string_view bytes) {
+  BATON_ASSIGN_OR_RETURN(Metadata metadata, parse_metadata(bytes, config_.max_metadata_bytes));
+  std::lock_guard lock(mutex_);
+  if (stopping_.load()) return unavailable("the agent is closed");
+  for (const auto& peer : peers_) {
+    if (peer->metadata == metadata && peer->alive.load()) return peer;
+  }
+  BATON_ASSIGN_OR_RETURN(PathChoice path, choose_path(metadata));
+  auto peer = std::make_shared<PeerCore>();
+  peer->agent = weak_from_this();
+  peer->metadata = std::move(metadata);
+  peer->backend = path.backend;
+  peer->transport = path.backend->transport();
+  peer->provider = path.backend->provider();
+  peer->rails = path.backend->rails();
+  peer->limits = path.backend->limits();
+  peer->reason = std::move(path.reason);
+  peer->link = std::move(path.link);
+  peer->link->owner = peer.get();
+  peers_.push_back(peer);
+  log_info("transfer {}: path to '{}' (epoch {:016x}): {} ({}), {}", config_.name, peer->metadata.name,
+           static_cast<uint64_t>(peer->metadata.epoch), peer->transport, peer->provider, peer->reason);
+  wake();
+  return peer;
+}
+
+Result<TransferPointer> AgentCore::write(const std::shared_ptr<PeerCore>& peer, BlockWrite write,
+                                         std::function<void(const Status&)> on_done) {
+  const Metadata::Pool* remote = nullptr;
+  for (const Metadata::Pool& pool : peer->metadata.pools) {
+    if (pool.id == static_cast<uint32_t>(write.remote_pool)) remote = &pool;
+  }
+  LocalPool local;
+  {
+    std::lock_guard lock(handover_mutex_);
+    if (static_cast<size_t>(write.local_pool) >= pools_.size()) {
+      return invalid_argument("there is no local pool {}", static_cast<uint32_t>(write.local_pool));
+    }
+    local = pools_[static_cast<size_t>(write.local_pool)];
+  }
+  if (remote == nullptr) {
+    return invalid_argument("'{}' has no pool {}", peer->metadata.name, static_cast<uint32_t>(write.remote_pool));
+  }
+  uint64_t stride = std::min(local.stride_bytes, remote->stride_bytes);
+  if (write.length_bytes == 0 || write.length_bytes > stride || write.offset_bytes > stride - write.length_bytes) {
+    return invalid_argument("{} bytes from offset {} are outside of blocks of {} (here) and {} bytes ('{}')",
+                            write.length_bytes, write.offset_bytes, local.stride_bytes, remote->stride_bytes,
+                            peer->metadata.name);
+  }
+  for (const BlockPair& pair : write.blocks) {
+    if (pair.local_block >= local.count || pair.remote_block >= remote->count) {
+      return invalid_argument("block {} -> {}: this pool has {} blocks, that of '{}' has {}", pair.local_block,
+                              pair.remote_block, local.count, peer->metadata.name, remote->count);
+    }
+  }
+
+  auto transfer = std::make_shared<Transfer::Impl>();
+  transfer->agent = weak_from_this();
+  transfer->peer = peer;
+  transfer->plan = plan_write(write, local.stride_bytes, remote->stride_bytes, peer->limits.plan);
+  transfer->message_count = transfer->plan.messages.size();
+  transfer->byte_count = transfer->plan.bytes;
+  transfer->local_region = local.region;
+  transfer->remote_pool = remote->id;
+  transfer->tag = write.tag;
+  int64_t longest_ns = clock_.now_ns() + config_.default_timeout_ms * 1'000'000;
+  transfer->deadline_ns = write.deadline == Deadline::never() ? longest_ns : write.deadline.at_ns;
+  transfer->on_done = std::move(on_done);
+
+  if (queued_.fetch_add(1) >= config_.max_queued_transfers) {
+    queued_.fetch_sub(1);
+    return resource_exhausted("{} transfers are queued, the limit is {} (max_queued_transfers)",
+                              config_.max_queued_transfers, config_.max_queued_transfers);
+  }
+  {
+    std::lock_guard lock(peer->queue_mutex);
+    if (!peer->down.ok()) {
+      queued_.fetch_sub(1);
+      return unavailable("{}", peer->down.message());
+    }
+    peer->incoming.push_back(transfer);
+    if (peer->incoming.size() == 1) {
+      std::lock_guard handover(handover_mutex_);
+      fresh_.push_back(peer);
+    }
+  }
+  wake();
+  return transfer;
+}
+
+void AgentCore::cancel(const TransferPointer& transfer) {
+  {
+    std::lock_guard lock(handover_mutex_);
+    cancels_.push_back(transfer);
+  }
+  wake();
+}
+
+AgentStats AgentCore::stats() const {
+  AgentStats stats;
+  std::lock_guard lock(mutex_);
+  stats.peers = peers_.size();
+  stats.retries = retries_;
+  stats.failed_transfers = failed_transfers_;
+  stats.fences = fences_;
+  for (const auto& backend : backends_) stats.inbound_peers += backend->inbound_peers();
+  stats.messages_sent = messages_sent_.load();
+  stats.bytes_sent = bytes_sent_.load();
+  stats.messages_received = inboxes_.messages();
+  stats.stray_messages = inboxes_.stray_messages();
+  std::lock_guard handover(handover_mutex_);
+  stats.regions = registered_regions_;
+  stats.registered_bytes = registered_bytes_;
+  return stats;
+}
+
+std::string AgentCore::describe() const {
+  std::lock_guard lock(mutex_);
+  std::string text;
+  for (const auto& backend : backends_) {
+    if (!text.empty()) text += "; ";
+    text += backend->describe();
+  }
+  return text;
+}
+
+// --- the public handles ---
+
+class Peer::Impl {
+ public:
+  explicit Impl(std::shared_ptr<PeerCore> core) : core_(std::move(core)) {}
+  const std::shared_ptr<PeerCore> core_;
+};
+
+bool Transfer::done() const { return impl_->state.load(std::memory_order_acquire) == Impl::State::kDone; }
+Status Transfer::status() const {
+  BATON_CHECK(done()) << "Transfer::status() before done()";
+  return impl_->status;
+}
+uint64_t Transfer::messages() const { return impl_->tag == Tag::kNone ? 0 : impl_->message_count; }
+uint64_t Transfer::bytes() const { return impl_->byte_count; }
+Status Transfer::wait() const {
+  std::shared_ptr<AgentCore> agent = impl_->agent.lock();
+  if (agent && agent->config().manual_progress) {
+    while (!done()) agent->progress();
+  }
+  agent.reset();
+  impl_->state.wait(Impl::State::kPending, std::memory_order_acquire);
+  return impl_->status;
+}
+void Transfer::cancel() const {
+  if (std::shared_ptr<AgentCore> agent = impl_->agent.lock()) agent->cancel(impl_);
+}
+bool Transfer::settled() const {
+  BATON_CHECK(done()) << "Transfer::settled() before done()";
+  return impl_->settled;
+}
+
+Epoch Peer::epoch() const { return impl_->core_->metadata.epoch; }
+const std::string& Peer::name() const { return impl_->core_->metadata.name; }
+bool Peer::alive() const { return impl_->core_->alive.load(); }
+PathInfo Peer::path() const {
+  const PeerCore& core = *impl_->core_;
+  PathInfo path{core.transport, core.provider, core.rails, core.reason, 0};
+  PeerStats now = stats();
+  if (now.busy_s > 0) path.bandwidth_bytes_per_s = static_cast<double>(now.bytes) / now.busy_s;
+  return path;
+}
+PeerStats Peer::stats() const {
+  const PeerCore& core = *impl_->core_;
+  PeerStats stats;
+  stats.writes = core.writes.load();
+  stats.messages = core.messages.load();
+  stats.bytes = core.bytes.load();
+  stats.failures = core.failures.load();
+  stats.cancelled = core.cancelled.load();
+  stats.busy_s = static_cast<double>(core.busy_ns.load()) * 1e-9;
+  return stats;
+}
+Result<Transfer> Peer::write(BlockWrite write, std::function<void(const Status&)> on_done) const {
+  std::shared_ptr<AgentCore> agent = impl_->core_->agent.lock();
+  if (agent == nullptr) return unavailable("the agent of this peer is closed");
+  BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->write(impl_->core_, std::move(write), std::move(on_done)));
+  return Transfer(std::move(transfer));
+}
+Status Peer::close() const {
+  std::shared_ptr<AgentCore> agent = impl_->core_->agent.lock();
+  return agent == nullptr ? Status() : agent->close_peer(impl_->core_);
+}
+
+namespace {
+
+class AgentHandle final : public Agent {
+ public:
+  explicit AgentHandle(std::shared_ptr<AgentCore> core) : core_(std::move(core)) {}
+  ~AgentHandle() override { core_->stop(); }
+
+  Epoch epoch() const override { return core_->epoch(); }
+  Result<MemoryRegion> register_memory(std::span<std::byte> memory, MemoryKind kind) override {
+    return core_->register_memory(memory, kind);
+  }
+  Result<PoolId> add_pool(PoolConfig config) override { return core_->add_pool(std::move(config)); }
+  std::string metadata() const override { return core_->metadata(); }
+  Result<Peer> connect(std::string_view metadata) override {
+    BATON_ASSIGN_OR_RETURN(std::shared_ptr<PeerCore> peer, core_->connect(metadata));
+    return Peer(std::make_shared<Peer::Impl>(std::move(peer)));
+  }
+  Result<Tag> open_inbox() override { return core_->inboxes().open(); }
+  Status expect(Tag tag, uint64_t messages, std::function<void()> on_complete) override {
+    return core_->inboxes().expect(tag, messages, std::move(on_complete));
+  }
+  uint64_t arrived(Tag tag) const override { return core_->inboxes().arrived(tag); }
+  void close_inbox(Tag tag) override { core_->inboxes().close(tag); }
+  Status fence(Epoch peer) override { return core_->fence(peer); }
+  size_t progress() override {
+    BATON_CHECK(core_->config().manual_progress) << "progress() belongs to the agent's thread";
+    return core_->progress();
+  }
+  AgentStats stats() const override { return core_->stats(); }
+  std::string describe() const override { return core_->describe(); }
+
+ private:
+  const std::shared_ptr<AgentCore> core_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<Agent>> create_agent_with(AgentConfig config, const Clock& clock,
+                                                 const AgentCore::BackendFactory& factory) {
+  BATON_RETURN_IF_ERROR(config.validate());
+  auto core = std::make_shared<AgentCore>(std::move(config), clock);
+  BATON_RETURN_IF_ERROR(core->start(factory));
+  return std::unique_ptr<Agent>(std::make_unique<AgentHandle>(std::move(core)));
+}
+
+Result<std::unique_ptr<Agent>> Agent::create(AgentConfig config, const Clock& clock) {
+  return create_agent_with(std::move(config), clock, {});
+}
+
+}  // namespace baton::transfer

@@ -1,0 +1,415 @@
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <limits>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "transfer/agent_impl.h"
+
+namespace baton::transfer {
+namespace {
+
+/// How long close() and fence() wait for others to confirm.
+constexpr int64_t kCloseWaitNs = 1'000'000'000;
+/// When a backend said "not now" and has no descriptor that tells when.
+constexpr int64_t kAgainSleepNs = 500'000;
+
+}  // namespace
+
+size_t AgentCore::progress() {
+  size_t count = turn();
+  run_callbacks();
+  return count;
+}
+
+void AgentCore::run() {
+  while (!stopping_.load()) {
+    work_.store(false);
+    size_t count = turn();
+    run_callbacks();
+    if (count == 0) sleep();
+  }
+}
+
+void AgentCore::wake() {
+  work_.store(true);
+  if (!sleeping_.load()) return;
+  uint64_t one = 1;
+  (void)!::write(doorbell_.get(), &one, sizeof(one));
+}
+
+void AgentCore::sleep() {
+  int64_t longest_ns = 0;
+  {
+    std::lock_guard lock(mutex_);
+    poll_fds_.clear();
+    poll_fds_.push_back({doorbell_.get(), POLLIN, 0});
+    longest_ns = next_time_ns();
+    for (const auto& backend : backends_) {
+      longest_ns = std::min(longest_ns, backend->prepare_wait(poll_fds_));
+    }
+    for (const auto& peer : busy_) {
+      if (peer->again) longest_ns = std::min(longest_ns, kAgainSleepNs);
+    }
+  }
+  if (longest_ns <= 0) {
+    std::this_thread::yield();
+    return;
+  }
+  // Dekker with wake(): either it sees that we sleep, or we see its work.
+  sleeping_.store(true);
+  if (!work_.load() && !stopping_.load()) {
+    timespec timeout{longest_ns / 1'000'000'000, longest_ns % 1'000'000'000};
+    bool forever = longest_ns == std::numeric_limits<int64_t>::max();
+    (void)::ppoll(poll_fds_.data(), poll_fds_.size(), forever ? nullptr : &timeout, nullptr);
+  }
+  sleeping_.store(false);
+  uint64_t rings = 0;
+  (void)!::read(doorbell_.get(), &rings, sizeof(rings));
+}
+
+int64_t AgentCore::next_time_ns() const {
+  if (deadlines_.empty()) return std::numeric_limits<int64_t>::max();
+  return std::max<int64_t>(deadlines_.begin()->first - clock_.now_ns(), 0);
+}
+
+size_t AgentCore::turn() {
+  size_t count = 0;
+  {
+    std::lock_guard lock(mutex_);
+    int64_t now_ns = clock_.now_ns();
+    take_incoming();
+    take_cancels(now_ns);
+    for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns);
+    for (const auto& backend : backends_) count += backend->progress(*this);
+    for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);
+    check_time(now_ns);
+    for (const auto& peer : busy_) {
+      if (peer->state == PeerCore::State::kClosing) close_link(*peer);
+      peer->busy = peer->inflight_count > 0 || !peer->to_post.empty();
+    }
+    std::erase_if(busy_, [](const auto& peer) { return !peer->busy; });
+    std::erase_if(peers_, [](const auto& peer) { return peer->state == PeerCore::State::kClosed; });
+    count += done_.size();
+    if (count > 0) ++turns_;
+  }
+  if (count > 0) turned_.notify_all();
+  return count;
+}
+
+void AgentCore::make_busy(const std::shared_ptr<PeerCore>& peer) {
+  if (std::exchange(peer->busy, true)) return;
+  busy_.push_back(peer);
+}
+
+void AgentCore::take_incoming() {
+  std::vector<std::shared_ptr<PeerCore>> fresh;
+  {
+    std::lock_guard lock(handover_mutex_);
+    fresh.swap(fresh_);
+  }
+  for (const std::shared_ptr<PeerCore>& peer : fresh) {
+    std::deque<TransferPointer> incoming;
+    Status down;
+    {
+      std::lock_guard lock(peer->queue_mutex);
+      incoming.swap(peer->incoming);
+      down = peer->down;
+    }
+    for (TransferPointer& transfer : incoming) {
+      deadlines_.emplace(transfer->deadline_ns, transfer);
+      if (!down.ok()) {
+        fail_transfer(transfer, down);
+        continue;
+      }
+      Result<const BackendRegion*> local = transfer->local_region.impl()->with(*peer->backend);
+      if (!local.ok()) {
+        fail_transfer(transfer, local.status());
+      } else if (transfer->message_count == 0) {
+        finish(transfer);
+      } else {
+        transfer->local = *local;
+        peer->to_post.push_back(std::move(transfer));
+        make_busy(peer);
+      }
+    }
+  }
+}
+
+void AgentCore::take_cancels(int64_t now_ns) {
+  std::vector<TransferPointer> cancels;
+  {
+    std::lock_guard lock(handover_mutex_);
+    cancels.swap(cancels_);
+  }
+  for (const TransferPointer& transfer : cancels) {
+    if (transfer->state.load() == Transfer::Impl::State::kDone || transfer->stopped) continue;
+    fail_transfer(transfer, cancelled("the write to '{}' was cancelled", transfer->peer->metadata.name));
+    if (transfer->state.load() != Transfer::Impl::State::kDone) expire(transfer, now_ns);
+  }
+}
+
+size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
+  peer.again = false;
+  while (!peer.to_post.empty() && peer.to_post.front()->stopped) peer.to_post.pop_front();
+  if (peer.state != PeerCore::State::kOpen || !peer.failure.ok() || !peer.link->ready()) return 0;
+  size_t posted = 0;
+  uint64_t burst_bytes = 0;
+  while (!peer.to_post.empty()) {
+    const TransferPointer& transfer = peer.to_post.front();
+    if (transfer->stopped || transfer->next_message == transfer->message_count) {
+      peer.to_post.pop_front();
+      continue;
+    }
+    const PlannedMessage& planned = transfer->plan.messages[transfer->next_message];
+    if (peer.inflight_count >= peer.limits.max_inflight_messages ||
+        (peer.inflight_count > 0 && peer.inflight_bytes + planned.bytes > peer.limits.max_inflight_bytes) ||
+        burst_bytes >= peer.limits.max_burst_bytes) {
+      break;
+    }
+    if (peer.free_slots.empty()) {
+      peer.free_slots.push_back(static_cast<uint32_t>(peer.inflight.size()));
+      peer.inflight.emplace_back();
+    }
+    uint32_t slot = peer.free_slots.back();
+    BackendMessage message;
+    message.segments = std::span(transfer->plan.segments).subspan(planned.first_segment, planned.segment_count);
+    message.bytes = planned.bytes;
+    message.local = transfer->local;
+    message.remote_pool = transfer->remote_pool;
+    message.tag = transfer->tag;
+    message.cookie = slot;
+    Result<PostResult> result = peer.link->post(message);
+    if (!result.ok()) {
+      on_link_failed(*peer.link, result.status());
+      break;
+    }
+    if (*result == PostResult::kAgain) {
+      ++retries_;
+      peer.again = true;
+      break;
+    }
+    peer.free_slots.pop_back();
+    peer.inflight[slot] = {transfer, planned.bytes};
+    if (peer.inflight_count++ == 0) {
+      peer.busy_since_ns = now_ns;
+      peer.last_progress_ns = now_ns;
+    }
+    peer.inflight_bytes += planned.bytes;
+    burst_bytes += planned.bytes;
+    ++transfer->inflight;
+    ++transfer->next_message;
+    ++posted;
+  }
+  if (posted > 0) peer.link->flush();
+  return posted;
+}
+
+void AgentCore::release_slot(PeerCore& peer, uint64_t slot) {
+  PeerCore::InFlight& entry = peer.inflight[slot];
+  peer.inflight_bytes -= entry.bytes;
+  entry = {};
+  peer.free_slots.push_back(static_cast<uint32_t>(slot));
+  if (--peer.inflight_count == 0) {
+    peer.busy_ns.fetch_add(clock_.now_ns() - peer.busy_since_ns, std::memory_order_relaxed);
+  }
+}
+
+void AgentCore::on_posted_done(Link& link, uint64_t cookie, const Status& status) {
+  auto& peer = *static_cast<PeerCore*>(link.owner);
+  BATON_CHECK(cookie < peer.inflight.size() && peer.inflight[cookie].transfer != nullptr)
+      << "a completion for message " << cookie << " that is not under way";
+  TransferPointer transfer = peer.inflight[cookie].transfer;
+  uint64_t bytes = peer.inflight[cookie].bytes;
+  release_slot(peer, cookie);
+  --transfer->inflight;
+  peer.last_progress_ns = clock_.now_ns();
+  if (status.ok()) {
+    peer.messages.fetch_add(1, std::memory_order_relaxed);
+    peer.bytes.fetch_add(bytes, std::memory_order_relaxed);
+    messages_sent_.fetch_add(1, std::memory_order_relaxed);
+    bytes_sent_.fetch_add(bytes, std::memory_order_relaxed);
+  } else {
+    transfer->unsettled = transfer->unsettled || link.late_writes_possible();
+    on_link_failed(link, status);
+    if (!transfer->stopped) {
+      transfer->stopped = true;
+      transfer->outcome = status;
+    }
+  }
+  bool ended = transfer->inflight == 0 &&
+               (transfer->stopped || transfer->next_message == transfer->message_count);
+  if (ended) finish(transfer);
+}
+
+void AgentCore::on_link_failed(Link& link, const Status& status) {
+  auto& peer = *static_cast<PeerCore*>(link.owner);
+  if (!peer.failure.ok() || peer.state != PeerCore::State::kOpen) return;
+  peer.failure = status;
+  failed_.push_back(&peer);
+}
+
+void AgentCore::fail_transfer(const TransferPointer& transfer, const Status& why) {
+  if (!transfer->stopped) {
+    transfer->stopped = true;
+    transfer->outcome = why;
+  }
+  if (transfer->inflight == 0) finish(transfer);
+}
+
+void AgentCore::finish(const TransferPointer& transfer) {
+  if (transfer->state.load() == Transfer::Impl::State::kDone) return;
+  deadlines_.erase({transfer->deadline_ns, transfer});
+  PeerCore& peer = *transfer->peer;
+  if (transfer->outcome.ok()) {
+    peer.writes.fetch_add(1, std::memory_order_relaxed);
+  } else if (transfer->outcome.code() == StatusCode::kCancelled) {
+    peer.cancelled.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    peer.failures.fetch_add(1, std::memory_order_relaxed);
+    ++failed_transfers_;
+  }
+  transfer->plan = {};
+  transfer->local = nullptr;
+  transfer->local_region = {};
+  transfer->status = transfer->outcome;
+  transfer->settled = !transfer->unsettled;
+  queued_.fetch_sub(1);
+  done_.push_back(transfer);
+  transfer->state.store(Transfer::Impl::State::kDone, std::memory_order_release);
+  transfer->state.notify_all();
+}
+
+void AgentCore::check_time(int64_t now_ns) {
+  while (!deadlines_.empty() && deadlines_.begin()->first <= now_ns) {
+    TransferPointer transfer = deadlines_.begin()->second;
+    PeerCore& peer = *transfer->peer;
+    if (!transfer->stopped) {
+      bool connecting = peer.link != nullptr && !peer.link->ready();
+      fail_transfer(transfer, deadline_exceeded("write to '{}' over {}: {} of {} messages were posted{}",
+                                                peer.metadata.name, peer.transport, transfer->next_message,
+                                                transfer->message_count,
+                                                connecting ? "; the peer has not answered yet" : ""));
+      if (transfer->state.load() == Transfer::Impl::State::kDone) continue;
+    }
+    expire(transfer, now_ns);
+  }
+}
+
+/// It has stopped, and something of it is under way: wait for that, as long as the peer shows life.
+void AgentCore::expire(const TransferPointer& transfer, int64_t now_ns) {
+  PeerCore& peer = *transfer->peer;
+  int64_t stalled_at_ns = peer.last_progress_ns + config_.stall_timeout_ms * 1'000'000;
+  deadlines_.erase({transfer->deadline_ns, transfer});
+  if (now_ns < stalled_at_ns || peer.state != PeerCore::State::kOpen) {
+    transfer->deadline_ns = std::max(stalled_at_ns, now_ns + 10'000'000);
+    deadlines_.emplace(transfer->deadline_ns, transfer);
+    return;
+  }
+  fail_peer(peer, unavailable("'{}' over {} ({}): nothing came back for {} ms with {} messages under way; the "
+                              "path is broken off", peer.metadata.name, peer.transport, peer.provider,
+                              (now_ns - peer.last_progress_ns) / 1'000'000, peer.inflight_count));
+}
+
+void AgentCore::fail_peer(PeerCore& peer, const Status& why) {
+  if (peer.state != PeerCore::State::kOpen) return;
+  peer.state = PeerCore::State::kClosing;
+  peer.alive.store(false);
+  Status down = why.with_context(fmt::format("peer '{}' is down", peer.metadata.name));
+  std::deque<TransferPointer> waiting;
+  {
+    std::lock_guard lock(peer.queue_mutex);
+    peer.down = down;
+    waiting.swap(peer.incoming);
+  }
+  if (why.code() == StatusCode::kCancelled) {
+    log_info("transfer {}: closed '{}' ({}, {})", config_.name, peer.metadata.name, peer.transport,
+             why.message());
+  } else {
+    log_warning("transfer {}: lost '{}' over {} ({}): {}", config_.name, peer.metadata.name, peer.transport,
+                peer.provider, why.to_string());
+  }
+  waiting.insert(waiting.begin(), peer.to_post.begin(), peer.to_post.end());
+  peer.to_post.clear();
+  for (const TransferPointer& transfer : waiting) fail_transfer(transfer, down);
+  for (const PeerCore::InFlight& entry : peer.inflight) {
+    if (entry.transfer != nullptr) fail_transfer(entry.transfer, down);
+  }
+  close_link(peer);
+}
+
+void AgentCore::close_link(PeerCore& peer) {
+  if (peer.link == nullptr || !peer.link->closable()) return;
+  bool late = peer.link->late_writes_possible();
+  peer.link.reset();
+  for (size_t slot = 0; slot < peer.inflight.size(); ++slot) {
+    TransferPointer transfer = peer.inflight[slot].transfer;
+    if (transfer == nullptr) continue;
+    release_slot(peer, slot);
+    transfer->unsettled = transfer->unsettled || late;
+    if (--transfer->inflight == 0) finish(transfer);
+  }
+  peer.state = PeerCore::State::kClosed;
+}
+
+void AgentCore::run_callbacks() {
+  inboxes_.run_due();
+  std::vector<TransferPointer> done;
+  {
+    std::lock_guard lock(mutex_);
+    done.swap(done_);
+  }
+  for (const TransferPointer& transfer : done) {
+    if (transfer->on_done) {
+      std::exchange(transfer->on_done, nullptr)(transfer->status);
+    }
+  }
+}
+
+bool AgentCore::wait_for_turn(std::unique_lock<std::mutex>& lock, int64_t deadline_ns) {
+  if (config_.manual_progress) return false;  // the caller is the one who would make progress
+  int64_t left_ns = deadline_ns - clock_.now_ns();
+  if (left_ns <= 0) return false;
+  uint64_t seen = turns_;
+  turned_.wait_for(lock, std::chrono::nanoseconds(left_ns), [&] { return turns_ != seen; });
+  return true;
+}
+
+Status AgentCore::close_peer(const std::shared_ptr<PeerCore>& peer) {
+  int64_t deadline_ns = clock_.now_ns() + kCloseWaitNs;
+  {
+    std::unique_lock lock(mutex_);
+    fail_peer(*peer, cancelled("closed by this side"));
+    while (peer->state == PeerCore::State::kClosing && wait_for_turn(lock, deadline_ns)) {
+    }
+    if (peer->state == PeerCore::State::kClosing) {
+      return unavailable("{} operations towards '{}' have not ended: the device still reads local memory",
+                         peer->inflight_count, peer->metadata.name);
+    }
+    ++turns_;
+  }
+  wake();  // for the callbacks
+  return fence(peer->metadata.epoch);
+}
+
+Status AgentCore::fence(Epoch peer) {
+  int64_t deadline_ns = clock_.now_ns() + kCloseWaitNs;
+  std::unique_lock lock(mutex_);
+  uint64_t serial = serial_++;
+  ++fences_;
+  while (true) {
+    Status status;
+    for (const auto& backend : backends_) {
+      Status one = backend->fence(peer, serial);
+      if (!one.ok()) status = one;
+    }
+    if (status.ok() || !wait_for_turn(lock, deadline_ns)) return status;
+  }
+}
+
+}  // namespace baton::transfer

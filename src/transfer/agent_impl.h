@@ -1,0 +1,230 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/unique_handle.h"
+#include "transfer/backend.h"
+#include "transfer/inbox.h"
+#include "transfer/include/baton/transfer.h"
+#include "transfer/metadata.h"
+#include "transfer/plan.h"
+
+/// The layer above the backends: queues, windows, deadlines, cancel, retries, counting, statistics.
+///
+/// Locks, in the order in which they are taken:
+///   AgentCore::mutex_           backends, links, peers' active transfers; held for one turn of progress
+///   PeerCore::queue_mutex       what write() has handed over and progress has not seen
+///   AgentCore::handover_mutex_  pools, and which peers have something new
+///   InboxTable's own
+/// Callbacks run with none of them held.
+namespace baton::transfer {
+
+class AgentCore;
+class PeerCore;
+
+}  // namespace baton::transfer
+
+class baton::transfer::MemoryRegion::Impl {
+ public:
+  Impl(std::span<std::byte> memory, MemoryKind kind) : memory_(memory), kind_(kind) {}
+  std::span<std::byte> memory() const { return memory_; }
+  MemoryKind kind() const { return kind_; }
+  /// Registers with `backend` the first time. Under the agent's lock.
+  Result<const BackendRegion*> with(Backend& backend);
+
+ private:
+  const std::span<std::byte> memory_;
+  const MemoryKind kind_;
+  std::vector<std::pair<const Backend*, std::unique_ptr<BackendRegion>>> registrations_;
+};
+
+class baton::transfer::Transfer::Impl {
+ public:
+  enum class State : uint32_t { kPending, kDone };
+
+  // Written by write(), then constant.
+  std::weak_ptr<AgentCore> agent;
+  std::shared_ptr<PeerCore> peer;
+  WritePlan plan;  // emptied when done
+  uint64_t message_count = 0;
+  uint64_t byte_count = 0;
+  MemoryRegion local_region;
+  uint32_t remote_pool = 0;
+  Tag tag = Tag::kNone;
+  int64_t deadline_ns = 0;
+
+  // Owned by progress, under the agent's lock.
+  const BackendRegion* local = nullptr;
+  uint32_t next_message = 0;
+  uint32_t inflight = 0;
+  bool stopped = false;  // nothing more is posted; `outcome` says why
+  Status outcome;
+  bool unsettled = false;
+  std::function<void(const Status&)> on_done;
+
+  // The way out: written once before `state` turns.
+  Status status;
+  bool settled = true;
+  std::atomic<State> state{State::kPending};
+};
+
+namespace baton::transfer {
+
+using TransferPointer = std::shared_ptr<Transfer::Impl>;
+
+/// One remote agent, in one of its lives, over one backend.
+class PeerCore {
+ public:
+  enum class State { kOpen, kClosing, kClosed };  // closing: waits for what a shared endpoint still does
+
+  // Constant after connect().
+  std::weak_ptr<AgentCore> agent;
+  Metadata metadata;
+  Backend* backend = nullptr;  // valid while the agent lives
+  std::string transport;
+  std::string provider;
+  uint32_t rails = 1;
+  std::string reason;
+  BackendLimits limits;
+
+  std::mutex queue_mutex;
+  std::deque<TransferPointer> incoming;
+  Status down;  // why writes are refused
+  std::atomic<bool> alive{true};
+
+  // Under the agent's lock.
+  State state = State::kOpen;
+  std::unique_ptr<Link> link;
+  std::deque<TransferPointer> to_post;  // in order; those that stopped are skipped at the front
+  struct InFlight {
+    TransferPointer transfer;
+    uint64_t bytes = 0;
+  };
+  std::vector<InFlight> inflight;
+  std::vector<uint32_t> free_slots;
+  size_t inflight_count = 0;
+  uint64_t inflight_bytes = 0;
+  int64_t last_progress_ns = 0;
+  int64_t busy_since_ns = 0;
+  Status failure;  // set by an event; acted on at the end of the turn
+  bool busy = false;   // in AgentCore::busy_
+  bool again = false;  // the backend said "not now" last time
+
+  std::atomic<uint64_t> writes{0}, messages{0}, bytes{0}, failures{0}, cancelled{0};
+  std::atomic<int64_t> busy_ns{0};
+};
+
+class AgentCore final : public BackendEvents, public std::enable_shared_from_this<AgentCore> {
+ public:
+  AgentCore(AgentConfig config, const Clock& clock);
+  ~AgentCore() override;
+
+  struct Context;
+  using BackendFactory =
+      std::function<Result<std::unique_ptr<Backend>>(std::shared_ptr<BackendContext>)>;
+  /// Opens the backends (by config.transport, or the one that `factory` makes) and starts the thread.
+  Status start(const BackendFactory& factory);
+  void stop();
+
+  Epoch epoch() const { return epoch_; }
+  Result<MemoryRegion> register_memory(std::span<std::byte> memory, MemoryKind kind);
+  Result<PoolId> add_pool(PoolConfig config);
+  std::string metadata() const;
+  Result<std::shared_ptr<PeerCore>> connect(std::string_view metadata);
+  Result<TransferPointer> write(const std::shared_ptr<PeerCore>& peer, BlockWrite write,
+                                std::function<void(const Status&)> on_done);
+  void cancel(const TransferPointer& transfer);
+  Status close_peer(const std::shared_ptr<PeerCore>& peer);
+  Status fence(Epoch peer);
+  size_t progress();
+  AgentStats stats() const;
+  std::string describe() const;
+  InboxTable& inboxes() { return inboxes_; }
+  const AgentConfig& config() const { return config_; }
+  void wake();
+
+ private:
+  friend struct Context;
+
+  // BackendEvents
+  void on_posted_done(Link& link, uint64_t cookie, const Status& status) override;
+  void on_link_failed(Link& link, const Status& status) override;
+  void on_arrived(uint32_t tag, uint64_t count) override { inboxes_.add(tag, count); }
+
+  struct PathChoice {
+    Backend* backend = nullptr;
+    std::unique_ptr<Link> link;
+    std::string reason;
+  };
+  Result<PathChoice> choose_path(const Metadata& peer);
+  Status open_backends(const BackendFactory& factory);
+
+  void run();
+  void sleep();
+  size_t turn();
+  void make_busy(const std::shared_ptr<PeerCore>& peer);
+  void take_incoming();
+  void take_cancels(int64_t now_ns);
+  size_t post(PeerCore& peer, int64_t now_ns);
+  void check_time(int64_t now_ns);
+  void expire(const TransferPointer& transfer, int64_t now_ns);
+  void fail_transfer(const TransferPointer& transfer, const Status& why);
+  void release_slot(PeerCore& peer, uint64_t slot);
+  void finish(const TransferPointer& transfer);
+  void fail_peer(PeerCore& peer, const Status& why);
+  void close_link(PeerCore& peer);
+  int64_t next_time_ns() const;
+  void run_callbacks();
+  /// Waits (without the lock) for something to happen, until `deadline_ns`; false when that is past.
+  bool wait_for_turn(std::unique_lock<std::mutex>& lock, int64_t deadline_ns);
+
+  const AgentConfig config_;
+  const Clock& clock_;
+  const Epoch epoch_;
+  const std::string host_id_;
+  InboxTable inboxes_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable turned_;  // after every turn in which something happened
+  uint64_t turns_ = 0;
+  std::shared_ptr<Context> context_;
+  std::vector<std::unique_ptr<Backend>> backends_;  // in the order of preference
+  uint64_t serial_ = 1;
+  std::vector<std::shared_ptr<PeerCore>> peers_;  // those with a link
+  std::vector<std::shared_ptr<PeerCore>> busy_;   // those with transfers
+  std::vector<PeerCore*> failed_;                 // by events of this turn
+  std::set<std::pair<int64_t, TransferPointer>> deadlines_;
+  std::vector<TransferPointer> done_;  // their callbacks are due
+  uint64_t retries_ = 0, failed_transfers_ = 0, fences_ = 0;
+
+  // What other threads hand over to progress.
+  mutable std::mutex handover_mutex_;
+  std::vector<LocalPool> pools_;  // only grows
+  uint64_t registered_regions_ = 0, registered_bytes_ = 0;
+  std::vector<std::shared_ptr<PeerCore>> fresh_;
+  std::vector<TransferPointer> cancels_;
+
+  std::atomic<uint64_t> queued_{0};  // transfers that are not done
+  std::atomic<uint64_t> messages_sent_{0}, bytes_sent_{0};
+  std::atomic<bool> work_{false};
+  std::atomic<bool> sleeping_{false};
+  std::atomic<bool> stopping_{false};
+  FileDescriptor doorbell_;
+  std::vector<pollfd> poll_fds_;
+  std::thread thread_;
+};
+
+/// Makes an agent whose only backend is the one that `factory` makes (sim).
+Result<std::unique_ptr<Agent>> create_agent_with(AgentConfig config, const Clock& clock,
+                                                 const AgentCore::BackendFactory& factory);
+
+}  // namespace baton::transfer

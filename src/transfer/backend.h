@@ -1,0 +1,142 @@
+#pragma once
+
+#include <poll.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/random.h"
+#include "base/status.h"
+#include "transfer/include/baton/transfer.h"
+#include "transfer/metadata.h"
+#include "transfer/plan.h"
+
+/// What a transport has to do. Everything else (windows, deadlines, retries, cancel, counting, path
+/// choice, statistics) lives once, above this line.
+///
+/// Threads: all calls are made under the agent's lock, one at a time, except BackendRegion's destructor,
+/// which may run anywhere. No call blocks on a peer.
+namespace baton::transfer {
+
+/// One registration of memory with one backend; closing it is its destructor's job.
+class BackendRegion {
+ public:
+  virtual ~BackendRegion() = default;
+  /// What a peer adds offsets to, and the key it shows.
+  uint64_t remote_base = 0;
+  uint64_t remote_key = 0;
+  /// What the backend wants with a local buffer (libfabric's descriptor).
+  void* local_descriptor = nullptr;
+  std::byte* data = nullptr;
+};
+
+/// A pool of this agent, as backends see it.
+struct LocalPool {
+  uint32_t id = 0;
+  MemoryRegion region;
+  uint64_t stride_bytes = 0;
+  uint64_t count = 0;
+};
+
+struct BackendMessage {
+  std::span<const Segment> segments;
+  uint64_t bytes = 0;
+  const BackendRegion* local = nullptr;  ///< the region of the local pool
+  uint32_t remote_pool = 0;
+  Tag tag = Tag::kNone;
+  uint64_t cookie = 0;  ///< comes back with the completion
+};
+
+enum class PostResult : uint8_t {
+  kPosted,  ///< a completion will follow, unless the link is closed first
+  kAgain,   ///< not now; try after progress()
+};
+
+/// The outgoing half of a pair: writes into one peer. Its destructor closes it for certain: afterwards
+/// the backend does not read local memory on its behalf, and no completion is reported for it.
+class Link {
+ public:
+  virtual ~Link() = default;
+  /// A failure is final for the link.
+  virtual Result<PostResult> post(const BackendMessage& message) = 0;
+  /// Ends a batch of posts.
+  virtual void flush() {}
+  virtual bool ready() const = 0;
+  /// True when an operation that was posted and not completed may still write to the peer after this
+  /// side has closed the link. (TCP: bytes are in the kernel's buffers. Not so with synchronous copies.)
+  virtual bool late_writes_possible() const = 0;
+  /// False while the destructor could not keep its promise: wait until what is posted has ended.
+  virtual bool closable() const { return true; }
+
+  void* owner = nullptr;
+};
+
+/// Called from Backend::progress(), with the agent's lock held.
+class BackendEvents {
+ public:
+  virtual ~BackendEvents() = default;
+  virtual void on_posted_done(Link& link, uint64_t cookie, const Status& status) = 0;
+  virtual void on_link_failed(Link& link, const Status& status) = 0;
+  /// `count` messages for `tag` arrived and all their bytes are visible.
+  virtual void on_arrived(uint32_t tag, uint64_t count) = 0;
+};
+
+struct BackendLimits {
+  PlanLimits plan;
+  uint32_t max_inflight_messages = 256;
+  uint64_t max_inflight_bytes = 32u << 20;
+  /// How much one peer may post before the others have their turn.
+  uint64_t max_burst_bytes = 8u << 20;
+};
+
+/// What every backend gets to know of its agent.
+struct BackendContext {
+  std::string agent_name;
+  Epoch epoch = Epoch::kNone;
+  const Clock* clock = nullptr;
+  AgentConfig config;
+  /// The pools that exist now; registered with the backend when they are asked for.
+  virtual ~BackendContext() = default;
+  virtual std::vector<LocalPool> pools() const = 0;
+  virtual Result<const BackendRegion*> backend_region(const LocalPool& pool, class Backend& backend) = 0;
+  /// The serial number that metadata() gives out now.
+  virtual uint64_t serial() const = 0;
+  /// Ends the progress thread's sleep; from any thread.
+  virtual void wake() = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual const std::string& transport() const = 0;
+  virtual const std::string& provider() const = 0;
+  virtual uint32_t rails() const { return 1; }
+  virtual const BackendLimits& limits() const = 0;
+  /// One line for the log and /health.
+  virtual std::string describe() const = 0;
+
+  virtual Result<std::unique_ptr<BackendRegion>> register_memory(std::span<std::byte> memory,
+                                                                 MemoryKind kind) = 0;
+  /// What peers need to know to connect (Metadata::Offer::address).
+  virtual std::string address() const = 0;
+  /// Starts connecting; the link becomes ready() during progress(), or fails. An error here means that
+  /// this path cannot be: the caller may look at the next one.
+  virtual Result<std::unique_ptr<Link>> open_link(const Metadata& peer,
+                                                  const Metadata::Offer& offer) = 0;
+  /// Ends what comes in from agent `peer`, and refuses what it opens with metadata up to `serial`.
+  /// ok: nothing from it touches memory any more. unavailable: not certain yet, call again.
+  virtual Status fence(Epoch peer, uint64_t serial) = 0;
+
+  /// Moves things along without blocking; returns how many things happened.
+  virtual size_t progress(BackendEvents& events) = 0;
+  /// Adds what to wait on. Returns how long the thread may sleep at most, in ns; 0: do not sleep.
+  virtual int64_t prepare_wait(std::vector<pollfd>& fds) = 0;
+  virtual uint64_t inbound_peers() const = 0;
+};
+
+}  // namespace baton::transfer

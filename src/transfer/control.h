@@ -1,0 +1,175 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/random.h"
+#include "base/status.h"
+#include "base/unique_handle.h"
+
+/// The control connection between two agents: one stream socket (unix on one host, TCP between hosts) per
+/// pair and direction, beside the data path. It does what fabrics do not:
+///
+///   writer                               owner of the memory
+///     Hello{epochs, serial, name}  ---->   refuses old epochs and fenced peers; opens what it receives on
+///     <---- Welcome{rails, keys}           only now the writer may write
+///     Arrived{(tag, count)...}     ---->   (shm only: other fabrics carry the tag with the data)
+///     <---- Fence                          stop writing; answered by closing, after the last write ended
+///   closed by either side, or by the kernel when a process dies: the pair is over
+///
+/// So the owner knows everybody who can write to it, a death is seen at once on both sides, and nobody
+/// writes after the owner has shut the door.
+namespace baton::transfer {
+
+struct Hello {
+  Epoch from = Epoch::kNone;
+  Epoch to = Epoch::kNone;
+  uint64_t serial = 0;  ///< of the metadata that the writer connected with
+  std::string name;
+};
+
+struct Welcome {
+  struct Pool {
+    uint32_t id = 0;
+    uint64_t base = 0;
+    uint64_t key = 0;
+  };
+  std::vector<std::string> rails;  ///< one endpoint address each
+  std::vector<Pool> pools;
+};
+
+struct Arrival {
+  uint32_t tag = 0;
+  uint32_t count = 0;
+};
+
+std::string encode_hello(const Hello& hello);
+std::string encode_welcome(const Welcome& welcome);
+Result<Hello> parse_hello(std::string_view payload);
+Result<Welcome> parse_welcome(std::string_view payload);
+
+/// "unix:<abstract name>" or "tcp:<ip>:<port>" ("tcp:[v6]:port").
+using SocketAddress = std::string;
+
+/// A connected (or connecting) stream socket with frames on it. Not thread-safe.
+class FrameSocket {
+ public:
+  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5 };
+  struct Frame {
+    Type type;
+    std::string payload;
+  };
+  static constexpr size_t kMaxFrameBytes = 1u << 20;
+  static constexpr size_t kMaxUnsentBytes = 4u << 20;
+
+  explicit FrameSocket(FileDescriptor fd) : fd_(std::move(fd)) {}
+  int fd() const { return fd_.get(); }
+  bool unsent() const { return sent_ < out_.size(); }
+  /// False when too much is waiting already.
+  bool send(Type type, std::string_view payload);
+  /// Both: what can be done without blocking. A failure (or the end) is final.
+  Status flush();
+  Status receive(std::deque<Frame>& frames);
+
+ private:
+  FileDescriptor fd_;
+  std::string out_;
+  size_t sent_ = 0;
+  std::string in_;
+};
+
+/// All control connections of one backend. Under the agent's lock.
+class ControlPlane {
+ public:
+  using Id = uint64_t;
+
+  class Delegate {
+   public:
+    virtual ~Delegate() = default;
+    /// A writer wants in (epochs and fences are checked already). An error is sent to it as the reason.
+    virtual Result<Welcome> on_inbound(Id id, const Hello& hello) = 0;
+    /// The writer is gone, or was shut out: release what was opened for it. Runs before fence() returns.
+    virtual void on_inbound_closed(Id id) = 0;
+    virtual void on_inbound_arrived(Id id, const Arrival& arrival) = 0;
+    virtual void on_welcome(Id id, Welcome welcome) = 0;
+    /// The owner of the memory is gone, has refused or fenced us. The connection is closed when this
+    /// returns, so nothing may be written after it.
+    virtual void on_outbound_closed(Id id, const Status& why) = 0;
+  };
+
+  struct Options {
+    Epoch epoch = Epoch::kNone;
+    std::string name;
+    /// Fencing needs the writer's own word (it writes into our memory by itself), not just our hanging up.
+    bool writer_must_confirm = false;
+    size_t max_inbound = 4096;
+    int64_t hello_timeout_ms = 5000;
+  };
+
+  ControlPlane(Options options, Delegate& delegate, const Clock& clock)
+      : options_(std::move(options)), delegate_(delegate), clock_(clock) {}
+
+  /// `address`: "unix:" for a fresh abstract name, or "tcp:<ip>" with any port.
+  Status listen(const SocketAddress& address);
+  const SocketAddress& address() const { return address_; }
+
+  Result<Id> connect(const SocketAddress& address, Epoch to, uint64_t serial);
+  /// The process at the other end, as this one's pid namespace sees it (unix only); 0: unknown.
+  int remote_pid(Id id) const;
+  bool send_arrivals(Id id, std::span<const Arrival> arrivals);
+  /// False when the other end has hung up (its process is gone), even if that was not processed yet.
+  bool still_connected(Id id) const;
+  void close_outbound(Id id);
+
+  Status fence(Epoch peer, uint64_t serial);
+
+  size_t progress();
+  int poll_fd() const { return epoll_.get(); }
+  bool wants_time() const { return waiting_for_hello_ > 0; }
+  size_t inbound() const { return inbound_count_; }
+
+ private:
+  struct Connection {
+    std::unique_ptr<FrameSocket> socket;
+    bool outbound = false;
+    bool connecting = false;
+    bool established = false;  // Welcome sent or received
+    bool fenced = false;
+    bool watching_out = false;
+    Epoch peer = Epoch::kNone;
+    std::string name;
+    int64_t opened_ns = 0;
+  };
+
+  void accept_all();
+  void handle(Id id, uint32_t events);
+  void handle_frame(Id id, Connection& connection, const FrameSocket::Frame& frame, Status* failure);
+  void handle_hello(Id id, Connection& connection, std::string_view payload, Status* failure);
+  void close(Id id, const Status& why);
+  void watch(Id id, Connection& connection);
+  Status add(Id id, Connection connection);
+
+  Options options_;
+  Delegate& delegate_;
+  const Clock& clock_;
+  SocketAddress address_;
+  FileDescriptor epoll_;
+  FileDescriptor listener_;
+  std::unordered_map<Id, Connection> connections_;
+  std::unordered_map<Epoch, uint64_t> fenced_;  // peer -> serial up to which it is refused
+  std::deque<Epoch> fenced_order_;
+  Id next_id_ = 1;
+  size_t inbound_count_ = 0;
+  size_t waiting_for_hello_ = 0;
+};
+
+}  // namespace baton::transfer

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "base/status.h"
+#include "transfer/fabric/handles.h"
+
+namespace baton::transfer::fabric {
+
+/// What we found for a transport, and what its provider wants from us.
+struct Provider {
+  InfoPointer info;
+  std::string name;               ///< "net", "tcp", "efa", "verbs;ofi_rxm"
+  bool delivery_complete = false; ///< a completion means: in the peer's memory
+  /// Endpoints are cheap: one per peer and direction, so that closing one ends that peer and no other.
+  bool endpoint_per_peer = false;
+  uint32_t max_segments = 1;      ///< pieces that one write with CQ data may carry
+};
+
+/// Asks libfabric for reliable datagram endpoints with remote writes. `address`: the local IP (tcp only).
+Result<Provider> find_provider(const std::string& transport, const std::string& address);
+
+/// Is there a device at all? Cheap (sysfs), where fi_getinfo loads every provider's libraries.
+bool has_rdma_device();
+
+/// The IP that other hosts reach this one at: `wanted` if it is one, else the first address of an
+/// interface that is up, IPv4 before IPv6, loopback last.
+Result<std::string> local_address(const std::string& wanted);
+
+}  // namespace baton::transfer::fabric

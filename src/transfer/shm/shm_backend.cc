@@ -1,0 +1,286 @@
+#include "transfer/shm/shm_backend.h"
+
+#include <sys/prctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "transfer/control.h"
+#include "transfer/wire.h"
+
+namespace baton::transfer {
+namespace {
+
+/// One call takes up to 1024 pieces (IOV_MAX); half of that already hides the cost of the call.
+constexpr uint32_t kMaxSegments = 512;
+
+class ShmBackend;
+
+class ShmLink final : public Link {
+ public:
+  ShmLink(ShmBackend& backend, ControlPlane::Id id, int pid, std::string peer_name)
+      : backend_(backend), id_(id), pid_(pid), peer_name_(std::move(peer_name)) {}
+  ~ShmLink() override;
+
+  Result<PostResult> post(const BackendMessage& message) override;
+  void flush() override;
+  bool ready() const override { return ready_ && !dead_; }
+  bool late_writes_possible() const override { return false; }
+
+  struct Copied {
+    uint64_t cookie;
+    Tag tag;
+  };
+  ShmBackend& backend_;
+  const ControlPlane::Id id_;
+  const int pid_;
+  const std::string peer_name_;
+  bool ready_ = false;
+  bool dead_ = false;
+  std::unordered_map<uint32_t, uint64_t> pool_bases_;
+  std::vector<Copied> copied_;  // the peer is not told yet
+  std::vector<Copied> told_;    // waits to be reported
+};
+
+class ShmBackend final : public Backend, private ControlPlane::Delegate {
+ public:
+  explicit ShmBackend(std::shared_ptr<BackendContext> context)
+      : context_(std::move(context)),
+        control_({.epoch = context_->epoch, .name = context_->agent_name, .writer_must_confirm = true},
+                 *this, *context_->clock),
+        probe_(std::make_unique<uint64_t>(static_cast<uint64_t>(context_->epoch))) {
+    limits_.plan = {.max_message_bytes = 2u << 20,
+                    .max_segments = kMaxSegments,
+                    .max_packed_segment_bytes = 512u << 10};
+    limits_.max_inflight_messages = context_->config.max_inflight_per_rail;
+    // A copy blocks the progress thread while it lasts; other peers get their turn after this much.
+    limits_.max_burst_bytes = 4u << 20;
+  }
+
+  Status open() {
+    allow_attach();
+    return control_.listen("unix:");
+  }
+
+  const std::string& transport() const override { return transport_; }
+  const std::string& provider() const override { return provider_; }
+  const BackendLimits& limits() const override { return limits_; }
+  std::string describe() const override {
+    return fmt::format("shm (cross-memory attach, {} readers of our doorbell at {})", control_.inbound(),
+                       control_.address());
+  }
+
+  Result<std::unique_ptr<BackendRegion>> register_memory(std::span<std::byte> memory,
+                                                         MemoryKind kind) override {
+    if (kind != MemoryKind::kHost) return unimplemented("shm moves host memory only");
+    auto region = std::make_unique<BackendRegion>();
+    region->data = memory.data();
+    region->remote_base = reinterpret_cast<uint64_t>(memory.data());
+    return region;
+  }
+
+  std::string address() const override {
+    WireWriter out;
+    out.put_string(control_.address());
+    out.put(reinterpret_cast<uint64_t>(probe_.get()));
+    return out.take();
+  }
+
+  Result<std::unique_ptr<Link>> open_link(const Metadata& peer, const Metadata::Offer& offer) override {
+    WireReader in(offer.address);
+    std::string socket(in.get_string(256));
+    uint64_t probe_address = in.get<uint64_t>();
+    if (!in.ok() || !in.at_end() || !socket.starts_with("unix:")) {
+      return invalid_argument("'{}' offers shm with a damaged address", peer.name);
+    }
+    BATON_ASSIGN_OR_RETURN(ControlPlane::Id id, control_.connect(socket, peer.epoch, peer.serial));
+    int pid = control_.remote_pid(id);
+    Status reachable = pid > 0 ? probe(pid, probe_address, peer)
+                               : unavailable("'{}' lives in another pid namespace", peer.name);
+    if (!reachable.ok()) {
+      control_.close_outbound(id);
+      return reachable;
+    }
+    auto link = std::make_unique<ShmLink>(*this, id, pid, peer.name);
+    links_.emplace(id, link.get());
+    return link;
+  }
+
+  Status fence(Epoch peer, uint64_t serial) override { return control_.fence(peer, serial); }
+
+  size_t progress(BackendEvents& events) override {
+    size_t count = control_.progress();
+    for (const Arrival& arrival : arrivals_) events.on_arrived(arrival.tag, arrival.count);
+    arrivals_.clear();
+    for (auto& [link, status] : std::exchange(failed_, {})) {
+      if (links_.contains(link->id_)) events.on_link_failed(*link, status);
+    }
+    // A completion may make the agent close its link, so take them out first.
+    std::vector<std::pair<ShmLink*, uint64_t>> done;
+    for (auto& [id, link] : links_) {
+      if (!link->copied_.empty()) link->flush();
+      for (const ShmLink::Copied& told : link->told_) done.emplace_back(link, told.cookie);
+      link->told_.clear();
+    }
+    for (auto& [link, cookie] : done) events.on_posted_done(*link, cookie, Status());
+    return count + done.size();
+  }
+
+  int64_t prepare_wait(std::vector<pollfd>& fds) override {
+    for (const auto& [id, link] : links_) {
+      if (!link->told_.empty()) return 0;
+    }
+    fds.push_back({control_.poll_fd(), POLLIN, 0});
+    return control_.wants_time() ? 1'000'000'000 : INT64_MAX;
+  }
+  uint64_t inbound_peers() const override { return control_.inbound(); }
+
+ private:
+  friend class ShmLink;
+
+  /// Ubuntu's default (Yama ptrace_scope 1) lets only ancestors attach unless the process itself makes an
+  /// exception. Only processes of the same user can use it.
+  void allow_attach() {
+    std::ifstream file("/proc/sys/kernel/yama/ptrace_scope");
+    int scope = 0;
+    if (file >> scope && scope == 1 && ::geteuid() != 0) {
+      (void)::prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
+      log_info("transfer {}: shm: Yama's ptrace_scope is 1; processes of this user may attach to this one",
+               context_->agent_name);
+    }
+  }
+
+  /// Does the kernel let us reach that process, and is it the one that wrote the metadata?
+  static Status probe(int pid, uint64_t address, const Metadata& peer) {
+    uint64_t value = 0;
+    iovec local{&value, sizeof(value)};
+    iovec remote{reinterpret_cast<void*>(address), sizeof(value)};
+    ssize_t n = ::process_vm_readv(pid, &local, 1, &remote, 1, 0);
+    if (n == sizeof(value) && value == static_cast<uint64_t>(peer.epoch)) return Status();
+    if (n < 0 && errno == EPERM) {
+      return unavailable("the kernel does not allow attaching to pid {} ('{}'): "
+                         "kernel.yama.ptrace_scope, seccomp or a user namespace forbids it", pid, peer.name);
+    }
+    if (n < 0) return unavailable("reading pid {} ('{}'): {}", pid, peer.name, std::strerror(errno));
+    return unavailable("pid {} is not the process that wrote the metadata of '{}'", pid, peer.name);
+  }
+
+  Result<Welcome> on_inbound(ControlPlane::Id, const Hello& hello) override {
+    Welcome welcome;
+    for (const LocalPool& pool : context_->pools()) {
+      Result<const BackendRegion*> region = context_->backend_region(pool, *this);
+      if (!region.ok()) continue;  // device memory: not reachable this way, the writer will be told
+      welcome.pools.push_back({pool.id, (*region)->remote_base, 0});
+    }
+    log_info("transfer {}: '{}' can write into this process over shm ({} pools)", context_->agent_name,
+             hello.name, welcome.pools.size());
+    return welcome;
+  }
+  void on_inbound_closed(ControlPlane::Id) override { context_->wake(); }
+  void on_inbound_arrived(ControlPlane::Id, const Arrival& arrival) override {
+    arrivals_.push_back(arrival);
+  }
+  void on_welcome(ControlPlane::Id id, Welcome welcome) override {
+    auto it = links_.find(id);
+    if (it == links_.end()) return;
+    for (const Welcome::Pool& pool : welcome.pools) it->second->pool_bases_[pool.id] = pool.base;
+    it->second->ready_ = true;
+  }
+  void on_outbound_closed(ControlPlane::Id id, const Status& why) override {
+    auto it = links_.find(id);
+    if (it == links_.end()) return;
+    it->second->dead_ = true;
+    failed_.emplace_back(it->second, why);
+  }
+
+  std::shared_ptr<BackendContext> context_;
+  const std::string transport_ = "shm";
+  const std::string provider_ = "cma";
+  BackendLimits limits_;
+  ControlPlane control_;
+  std::unique_ptr<uint64_t> probe_;  // what a peer reads to see that it has the right process
+  std::unordered_map<ControlPlane::Id, ShmLink*> links_;
+  std::vector<Arrival> arrivals_;
+  std::vector<std::pair<ShmLink*, Status>> failed_;
+};
+
+ShmLink::~ShmLink() {
+  backend_.links_.erase(id_);
+  std::erase_if(backend_.failed_, [this](const auto& entry) { return entry.first == this; });
+  backend_.control_.close_outbound(id_);
+}
+
+Result<PostResult> ShmLink::post(const BackendMessage& message) {
+  if (!ready()) return PostResult::kAgain;
+  auto base = pool_bases_.find(message.remote_pool);
+  if (base == pool_bases_.end()) {
+    return failed_precondition("'{}' did not open pool {} for shm", peer_name_, message.remote_pool);
+  }
+  // A pid can be given to another process once its owner is gone; the kernel closes the socket before.
+  if (!backend_.control_.still_connected(id_)) {
+    return unavailable("the process of '{}' (pid {}) is gone", peer_name_, pid_);
+  }
+  iovec local[kMaxSegments];
+  iovec remote[kMaxSegments];
+  size_t count = message.segments.size();
+  BATON_CHECK(count <= kMaxSegments);
+  for (size_t i = 0; i < count; ++i) {
+    const Segment& segment = message.segments[i];
+    local[i] = {message.local->data + segment.local_offset, segment.bytes};
+    remote[i] = {reinterpret_cast<void*>(base->second + segment.remote_offset), segment.bytes};
+  }
+  size_t first = 0;
+  while (first < count) {
+    ssize_t n = ::process_vm_writev(pid_, local + first, count - first, remote + first, count - first, 0);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) {
+      int error = n == 0 ? EFAULT : errno;
+      return unavailable("process_vm_writev to '{}' (pid {}): {}", peer_name_, pid_, std::strerror(error));
+    }
+    // A short count (a signal, or the end of a mapping) ends inside some piece: go on from there.
+    auto left = static_cast<size_t>(n);
+    while (first < count && left >= local[first].iov_len) left -= local[first++].iov_len;
+    if (first < count && left > 0) {
+      local[first] = {static_cast<std::byte*>(local[first].iov_base) + left, local[first].iov_len - left};
+      remote[first] = {static_cast<std::byte*>(remote[first].iov_base) + left,
+                       remote[first].iov_len - left};
+    }
+  }
+  copied_.push_back({message.cookie, message.tag});
+  return PostResult::kPosted;
+}
+
+void ShmLink::flush() {
+  if (copied_.empty() || dead_) return;
+  std::vector<Arrival> arrivals;
+  for (const Copied& copied : copied_) {
+    if (copied.tag == Tag::kNone) continue;
+    auto tag = static_cast<uint32_t>(copied.tag);
+    if (!arrivals.empty() && arrivals.back().tag == tag) {
+      ++arrivals.back().count;
+    } else {
+      arrivals.push_back({tag, 1});
+    }
+  }
+  // The peer does not read its socket (it is stopped): what is copied stays unreported until it does.
+  if (!arrivals.empty() && !backend_.control_.send_arrivals(id_, arrivals)) return;
+  told_.insert(told_.end(), copied_.begin(), copied_.end());
+  copied_.clear();
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Backend>> create_shm_backend(std::shared_ptr<BackendContext> context) {
+  auto backend = std::make_unique<ShmBackend>(std::move(context));
+  BATON_RETURN_IF_ERROR(backend->open());
+  return std::unique_ptr<Backend>(std::move(backend));
+}
+
+}  // namespace baton::transfer
