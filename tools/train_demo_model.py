@@ -186,7 +186,7 @@ class Rows:
 
 def train(config, rows, args, device):
     torch.manual_seed(args.seed)
-    model = Qwen3ForCausalLM(config).float().to(device)
+    model = (Qwen3ForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else Qwen3ForCausalLM(config)).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -358,6 +358,7 @@ safetensors; no network. `--eval-only` measures the files in the folder again.
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="folder of the model")
+    parser.add_argument("--init", type=Path, help="go on from the weights and the tokenizer of this folder")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--atoms", type=int, default=2_000_000, help="pieces of text to generate")
@@ -376,7 +377,7 @@ def main():
         started = time.monotonic()
         atoms = make_all_atoms(args.atoms, args.seed)
         print(f"{sum(map(len, atoms.values())):,} pieces of text, {time.monotonic() - started:.1f} s", flush=True)
-        tokenizer = train_tokenizer(atoms)
+        tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json")) if args.init else train_tokenizer(atoms)
         print(f"tokenizer, {time.monotonic() - started:.1f} s", flush=True)
         rows = Rows(tokenizer, atoms, device)
         print(f"{rows.tokens.numel():,} tokens, {rows.trained.float().mean().item():.0%} trained on, {time.monotonic() - started:.1f} s", flush=True)

@@ -319,6 +319,7 @@ def large_sum(rng):
 
 
 def is_sum(rng):
+    """Answered by the right sum alone: models of this size learn to add, but not to tell whether two numbers are equal."""
     op = rng.choice("+-")
     a, b = _pair(op, rng)
     right = a + b if op == "+" else a - b
@@ -326,7 +327,7 @@ def is_sum(rng):
     if rng.random() < 0.1:
         said = rng.randrange(200)
     ask = rng.choice(IS_SUM).format(s=rng.choice(["{a} {o} {b}", "{a}{o}{b}"]).format(a=a, b=b, o=op), r=said)
-    return [(vary(ask, rng), f"{a} {op} {b} = {right}, so {'yes' if said == right else 'no'}.")]
+    return [(vary(ask, rng), f"{a} {op} {b} = {right}.")]
 
 
 def multiply(rng):
