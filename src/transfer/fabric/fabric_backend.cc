@@ -26,7 +26,9 @@ struct FabricObjects {
   DomainHandle domain;
   AddressVectorHandle addresses;
   CompletionQueueHandle queue;
-  int wait_fd = -1;  // belongs to `queue`; -1: the provider has none and must be polled
+  CompletionQueueHandle bell;  // tcp: a queue that nothing is bound to, to wait on
+  int wait_fd = -1;  // of `waited_on`; -1: the provider has none and must be polled
+  fid_cq* waited_on = nullptr;
 
   bool wants(uint64_t mr_mode_bit) const {
     return (static_cast<uint64_t>(provider.info->domain_attr->mr_mode) & mr_mode_bit) != 0;
@@ -177,7 +179,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
     int64_t longest_ns = control_->wants_time() ? 1'000'000'000 : INT64_MAX;
     if (!objects_) return longest_ns;
     if (objects_->wait_fd >= 0) {
-      fid* fids[] = {&objects_->queue->fid};
+      fid* fids[] = {&objects_->waited_on->fid};
       if (fi_trywait(objects_->fabric.get(), fids, 1) != FI_SUCCESS) return 0;
       fds.push_back({objects_->wait_fd, POLLIN, 0});
       return longest_ns;
@@ -279,17 +281,25 @@ Status FabricBackend::ensure_open() {
   fi_cq_attr cq_attr{};
   cq_attr.format = FI_CQ_FORMAT_DATA;
   cq_attr.size = std::max<size_t>(1024, 2 * limits_.max_inflight_messages);
-  cq_attr.wait_obj = FI_WAIT_FD;
-  fid_cq* cq_fid = nullptr;
-  ret = fi_cq_open(domain_fid, &cq_attr, &cq_fid, nullptr);
-  if (ret != 0) {
-    cq_attr.wait_obj = FI_WAIT_NONE;
-    ret = fi_cq_open(domain_fid, &cq_attr, &cq_fid, nullptr);
-  }
+  auto open_queue = [&](fi_wait_obj wait, CompletionQueueHandle& queue) {
+    cq_attr.wait_obj = wait;
+    fid_cq* fid = nullptr;
+    int error = fi_cq_open(domain_fid, &cq_attr, &fid, nullptr);
+    if (error == 0) queue.reset(fid);
+    return error;
+  };
+  // libfabric 1.17's tcp never takes back the signal that a completion gives to its queue's descriptor,
+  // so that waiting on it would spin. A second queue, which nothing is bound to, gets no signals but has
+  // the sockets in its wait set all the same: that one is waited on. (And completions cost one system
+  // call less.)
+  bool tcp = transport_ == "tcp";
+  ret = open_queue(tcp ? FI_WAIT_NONE : FI_WAIT_FD, objects->queue);
+  if (ret != 0 && !tcp) ret = open_queue(FI_WAIT_NONE, objects->queue);
   if (ret != 0) return unavailable("fi_cq_open({}): {}", objects->provider.name, fi_strerror(-ret));
-  objects->queue.reset(cq_fid);
-  if (cq_attr.wait_obj == FI_WAIT_FD &&
-      fi_control(&cq_fid->fid, FI_GETWAIT, &objects->wait_fd) != FI_SUCCESS) {
+  objects->waited_on = cq_attr.wait_obj == FI_WAIT_FD ? objects->queue.get() : nullptr;
+  if (tcp && open_queue(FI_WAIT_FD, objects->bell) == 0) objects->waited_on = objects->bell.get();
+  if (objects->waited_on != nullptr &&
+      fi_control(&objects->waited_on->fid, FI_GETWAIT, &objects->wait_fd) != FI_SUCCESS) {
     objects->wait_fd = -1;
   }
 
