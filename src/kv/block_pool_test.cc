@@ -153,6 +153,30 @@ TEST(BlockPool, ClearCacheKeepsWhatIsUsed) {
   pool.check_invariants();
 }
 
+/// block_tokens = 2: the pool's hash of a block is mix_bits(parent's hash ^ both tokens), which can be inverted, so
+/// anybody can make two prompts collide. (If that formula changes, change it here.)
+TEST(BlockPool, ACraftedCollisionServesNobodyElsesPrefix) {
+  const auto pack = [](TokenId a, TokenId b) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(a)) << 32 | static_cast<uint32_t>(b);
+  };
+  const uint64_t hash_a = mix_bits(0x6261746f6eull ^ pack(1, 2)), hash_b = mix_bits(0x6261746f6eull ^ pack(3, 4));
+  const uint64_t colliding = hash_a ^ pack(5, 6) ^ hash_b;
+  ASSERT_EQ(mix_bits(hash_a ^ pack(5, 6)), mix_bits(hash_b ^ colliding));
+  const Tokens a = {1, 2, 5, 6, 7, 8};
+  const Tokens b = {3, 4, static_cast<TokenId>(colliding >> 32), static_cast<TokenId>(colliding), 7, 8};
+
+  BlockPool pool(8, 2, true);
+  Blocks blocks_a = take(pool, 3), blocks_b = take(pool, 3);
+  pool.publish(a, blocks_a);
+  pool.publish(Tokens(b.begin(), b.begin() + 4), blocks_b);
+  // The third blocks have equal tokens and parents with equal hashes, but not the same parent.
+  EXPECT_EQ(pool.peek_prefix(b, 6), 4);
+  pool.publish(b, blocks_b);
+  EXPECT_EQ(pool.match_prefix(a, 6), blocks_a);
+  EXPECT_EQ(pool.match_prefix(b, 6), blocks_b);
+  pool.check_invariants();
+}
+
 TEST(BlockPoolDeathTest, MisuseIsABug) {
   BlockPool pool(4, 1, true);
   Blocks blocks = take(pool, 2);
