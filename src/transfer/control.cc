@@ -500,7 +500,8 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
       return;
     case FrameSocket::Type::kFence:
       if (!connection.outbound) break;
-      *failure = failed_precondition("fenced by the peer");
+      // The connection stays until the link has ended: closing it is what confirms the fence.
+      delegate_.on_outbound_closed(id, failed_precondition("fenced by the peer"));
       return;
     case FrameSocket::Type::kArrived: {
       if (connection.outbound || !connection.established) break;

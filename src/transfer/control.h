@@ -101,8 +101,8 @@ class ControlPlane {
     virtual void on_inbound_closed(Id id) = 0;
     virtual void on_inbound_arrived(Id id, const Arrival& arrival) = 0;
     virtual void on_welcome(Id id, Welcome welcome) = 0;
-    /// The owner of the memory is gone, has refused or fenced us. The connection is closed when this
-    /// returns, so nothing may be written after it.
+    /// The owner of the memory is gone, has refused or fenced us: nothing may be posted after this. The
+    /// delegate calls close_outbound() once nothing that was posted can write any more.
     virtual void on_outbound_closed(Id id, const Status& why) = 0;
   };
 
