@@ -1,0 +1,67 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <variant>
+#include <vector>
+
+#include "base/random.h"
+#include "base/status.h"
+#include "protocol/baton.pb.h"
+#include "protocol/channel.h"
+
+namespace baton::worker {
+
+struct FrameArrived {
+  std::shared_ptr<protocol::Channel> channel;
+  protocol::Frame frame;
+};
+struct ChannelClosed {
+  std::shared_ptr<protocol::Channel> channel;
+  Status status;
+};
+/// One of a prefill handoff's writes has ended.
+struct WriteDone {
+  uint64_t prefill_id = 0;  ///< PrefillSide's
+  uint32_t write = 0;       ///< index of the write in its handoff
+  Status status;
+};
+/// All messages of one of our grants have arrived.
+struct InboxComplete {
+  uint64_t handoff = 0;
+};
+struct FenceDone {
+  Epoch peer{};
+  Status status;
+};
+using Event = std::variant<FrameArrived, ChannelClosed, WriteDone, InboxComplete, FenceDone>;
+
+/// Everything that other threads tell the engine's thread. Frames are bounded by bytes; the other events are as many
+/// as there are writes, grants and channels, which have bounds of their own, and are never lost.
+class Mailbox {
+ public:
+  explicit Mailbox(size_t max_frame_bytes) : max_frame_bytes_(max_frame_bytes) {}
+
+  /// False when too many bytes wait: the sender floods us and its channel should be closed.
+  [[nodiscard]] bool post_frame(std::shared_ptr<protocol::Channel> channel, protocol::Frame frame);
+  void post(Event event);
+  /// Takes everything, in order; waits up to `timeout_ms` (0: not at all) when there is nothing.
+  std::vector<Event> take(int64_t timeout_ms);
+  /// Ends one wait.
+  void wake();
+
+  /// What a channel's owner passes to listen() and connect(): everything goes into `mailbox`.
+  static protocol::ChannelHandler handler(std::shared_ptr<Mailbox> mailbox);
+
+ private:
+  const size_t max_frame_bytes_;
+  std::mutex mutex_;
+  std::condition_variable not_empty_;
+  std::vector<Event> events_;
+  size_t frame_bytes_ = 0;
+  bool woken_ = false;
+};
+
+}  // namespace baton::worker
