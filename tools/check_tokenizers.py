@@ -104,13 +104,34 @@ def check(binary, name, path, count, seed):
     return wrong
 
 
+def speed(path, text_file):
+    """Hugging Face's encode on one core in CPU time, for comparison with bench/tokenizer_bench."""
+    hf = Tokenizer.from_file(path)
+    text = pathlib.Path(text_file).read_text()
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        hf.encode(text, add_special_tokens=False)
+        times.append(time.process_time() - started)
+    size = len(text.encode()) / 1e6
+    print(f"{path}: tokenizers {tokenizers.__version__}: encode {size / sorted(times)[2]:.1f} MB/s (first {size / times[0]:.1f})")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", required=True)
+    parser.add_argument("--binary", help="the tokenizer_check executable")
+    parser.add_argument("--speed", metavar="TEXT_FILE", help="only measure Hugging Face's encode on this text")
     parser.add_argument("--count", type=int, default=100000, help="strings per family")
     parser.add_argument("--seed", type=int, default=20260101)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     args = parser.parse_args()
+    if args.speed:
+        for name in args.families:
+            path = GOLDEN / f"{name}.json"
+            speed(str(path if path.exists() else name), args.speed)
+        return 0
+    if not args.binary:
+        parser.error("--binary is needed")
     print(f"tokenizers {tokenizers.__version__}")
     wrong = 0
     for name in args.families:

@@ -196,19 +196,19 @@ class Translator {
     const char letter = peek();
     if (auto set = shorthand(letter)) {
       ++at_;
-      out_ += "[" + *set + "]";
+      out_ += fmt::format("[{}]", *set);
       return {};
     }
     switch (letter) {
       case 'p':
       case 'P': {
         BATON_ASSIGN_OR_RETURN(std::string text, property());
-        out_ += text.starts_with("\\p{") || text.starts_with("\\P{") ? text : "[" + text + "]";
+        out_ += text.starts_with("\\p{") || text.starts_with("\\P{") ? text : fmt::format("[{}]", text);
         return {};
       }
       case 'b':
       case 'B': {
-        const std::string word = "[" + unicode::class_ranges(unicode::kRegexWord, true) + "]";
+        const std::string word = fmt::format("[{}]", unicode::class_ranges(unicode::kRegexWord, true));
         out_ += letter == 'b' ? fmt::format("(?:(?<={0})(?!{0})|(?<!{0})(?={0}))", word)
                               : fmt::format("(?:(?<={0})(?={0})|(?<!{0})(?!{0}))", word);
         ++at_;
@@ -259,7 +259,7 @@ class Translator {
     if (end == in_.size() || end == at_ + 2 || (in_[end] != ')' && in_[end] != ':')) {
       return fail("this kind of group is not supported");
     }
-    out_ += "(?" + flags + ":";
+    out_ += fmt::format("(?{}:", flags);
     at_ = end + 1;
     if (in_[end] == ')') {
       // a(?i)b|c is a(?i:b|c): it stays open until the group around it ends.
@@ -308,10 +308,10 @@ class Translator {
     const auto close_factor = [&] {
       std::string text;
       if (others.empty()) {
-        text = set.empty() ? "(?!)" : "[" + set + "]";
+        text = set.empty() ? "(?!)" : fmt::format("[{}]", set);
       } else {
         text = "(?:";
-        if (!set.empty()) text += "[" + set + "]|";
+        if (!set.empty()) text += fmt::format("[{}]|", set);
         for (size_t i = 0; i < others.size(); ++i) text += (i ? "|" : "") + others[i];
         text += ")";
       }
@@ -382,7 +382,8 @@ class Translator {
         }
         if (high) {
           if (*high < *low) return fail("an empty range in a character class");
-          set += "-" + hex_escape(*high);
+          set += '-';
+          set += hex_escape(*high);
         } else {
           at_ = dash + 1;
           set += hex_escape('-');
@@ -396,8 +397,8 @@ class Translator {
     }
     close_factor();
     std::string text = factors.back();
-    for (size_t i = 0; i + 1 < factors.size(); ++i) text = "(?=" + factors[i] + ")" + text;
-    return negated ? "(?:(?!" + text + ")[\\x{0}-\\x{10FFFF}])" : "(?:" + text + ")";
+    for (size_t i = 0; i + 1 < factors.size(); ++i) text = fmt::format("(?={}){}", factors[i], text);
+    return negated ? fmt::format("(?:(?!{})[\\x{{0}}-\\x{{10FFFF}}])", text) : fmt::format("(?:{})", text);
   }
 
   std::string_view in_;

@@ -49,6 +49,29 @@ Status Pattern::find(std::string_view text, std::vector<TextSpan>& matches, Rege
   return {};
 }
 
+Result<std::string> Pattern::replace_all(std::string_view text, std::string_view content) const {
+  std::string out;
+  size_t copied = 0;
+  if (!literal_.empty()) {
+    for (size_t at = text.find(literal_); at != std::string_view::npos; at = text.find(literal_, copied)) {
+      out.append(text.substr(copied, at - copied));
+      out.append(content);
+      copied = at + literal_.size();
+    }
+  } else {
+    std::vector<TextSpan> matches;
+    Regex::Scratch scratch;
+    BATON_RETURN_IF_ERROR(find(text, matches, scratch));
+    for (const TextSpan& match : matches) {
+      out.append(text.substr(copied, match.begin - copied));
+      out.append(content);
+      copied = match.end;
+    }
+  }
+  out.append(text.substr(copied));
+  return out;
+}
+
 namespace {
 
 struct Segment {

@@ -22,6 +22,8 @@ class Pattern {
 
   /// Replaces `matches` with all matches in `text`, in order and not overlapping.
   Status find(std::string_view text, std::vector<TextSpan>& matches, Regex::Scratch& scratch) const;
+  /// `text` with every match replaced. Slower than find() for a regular expression.
+  Result<std::string> replace_all(std::string_view text, std::string_view content) const;
 
  private:
   Pattern() = default;

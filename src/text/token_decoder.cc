@@ -37,20 +37,10 @@ void append_byte_level(std::string& out, std::string_view token) {
   }
 }
 
+// A pattern that gives up leaves the token as it is: decoding cannot fail.
 std::string replace_all(const TokenDecoder::Replace& step, std::string_view token) {
-  std::vector<TextSpan> matches;
-  Regex::Scratch scratch;
-  // A pattern that gives up leaves the token as it is: decoding cannot fail.
-  if (!step.pattern.find(token, matches, scratch).ok() || matches.empty()) return std::string(token);
-  std::string out;
-  size_t copied = 0;
-  for (const TextSpan& match : matches) {
-    out.append(token.substr(copied, match.begin - copied));
-    out.append(step.content);
-    copied = match.end;
-  }
-  out.append(token.substr(copied));
-  return out;
+  auto replaced = step.pattern.replace_all(token, step.content);
+  return replaced.ok() ? std::move(*replaced) : std::string(token);
 }
 
 std::string_view strip(const TokenDecoder::Strip& step, std::string_view token) {
