@@ -37,6 +37,15 @@ TOOLS = [
     {"type": "function", "function": {"name": "ping", "description": "No parameters.", "parameters": {"type": "object", "properties": {}}}},
 ]
 
+DESCRIBED_TOOLS = [
+    {
+        "name": "search",
+        "description": "Searches.",
+        "parameter_definitions": {"query": {"type": "str", "description": "what", "required": True}},
+        **_tool("search", "Searches.", {"query": {"type": "string", "description": "what"}}, ["query"]),
+    }
+]
+
 
 def call(name, arguments, call_id="call12345"):
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -96,6 +105,7 @@ CONVERSATIONS = {
     "tool_dict_content": ([user("W?"), assistant("", tool_calls=[call("ping", {})]), {"role": "tool", "name": "ping", "tool_call_id": "call12345", "content": {"result": 1}}], TOOLS),
     "calls_no_tools": ([user("W?"), assistant("", tool_calls=[call("ping", {"x": "<y>"})]), {"role": "tool", "name": "ping", "tool_call_id": "call12345", "content": "pong"}], None),
     "bad_call_id": ([user("W?"), assistant("", tool_calls=[call("ping", {}, "x")]), {"role": "tool", "tool_call_id": "x", "content": "pong"}], TOOLS),
+    "described_tools": ([system("s"), user("W?"), assistant("", tool_calls=[call("search", {"query": "x"})]), {"role": "tool", "name": "search", "tool_call_id": "call12345", "content": "found"}], DESCRIBED_TOOLS),
     "empty_calls": ([user("a"), assistant("b", tool_calls=[]), user("c")], TOOLS),
 }
 
@@ -104,7 +114,7 @@ VARIANTS = {
     "plain": {},
     "thinking_on": {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"},
     "thinking_off": {"enable_thinking": False, "thinking": False},
-    "settings": {"date_string": "01 Jan 2026", "tools_in_user_message": False, "model_identity": "You are Baton.", "builtin_tools": ["browser", "python"], "documents": [{"title": "T", "text": "body"}], "keep_past_thinking": True, "xml_tools": ["a"], "custom_tools": None, "preserve_thinking": True},
+    "settings": {"date_string": "01 Jan 2026", "tools_in_user_message": False, "model_identity": "You are Baton.", "builtin_tools": ["browser", "python"], "documents": [{"title": "T", "text": "body"}], "keep_past_thinking": True, "xml_tools": ["a"], "custom_tools": None, "functions": TOOLS, "datetime": "2026-01-01", "preserve_thinking": True},
 }
 
 

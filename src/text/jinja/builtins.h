@@ -14,6 +14,11 @@ using FilterFunction = Value (*)(Interpreter&, const Value& input, Arguments&);
 using TestFunction = bool (*)(Interpreter&, const Value& input, Arguments&);
 using MethodFunction = Value (*)(Interpreter&, const Value& self, Arguments&);
 
+/// Python's html.escape() as Jinja has it, and str(), for other values. Markup stays as it is.
+Value escape_html(Interpreter& interpreter, const Value& value);
+/// A method call, with the rules of Markup when the object is such: text given to it is escaped.
+Value call_method(Interpreter& interpreter, MethodFunction method, std::string_view name, const Value& self, Arguments& arguments);
+
 /// nullptr when there is none of that name. All are pure lookups in constant tables.
 FilterFunction find_filter(std::string_view name);
 FilterFunction find_text_filter(std::string_view name);      // filters_text.cc

@@ -9,15 +9,19 @@ namespace {
 /// value.method without a call: the method with its object.
 class BoundMethod : public NativeObject {
  public:
-  BoundMethod(Value self, MethodFunction function) : self_(std::move(self)), function_(function) {}
+  BoundMethod(Value self, MethodFunction function, std::string_view name)
+      : self_(std::move(self)), function_(function), name_(name) {}
   std::string_view type_name() const override { return "builtin_function_or_method"; }
   bool callable() const override { return true; }
   int depth() const override { return self_.depth() + 1; }
-  Value call(Interpreter& interpreter, Arguments& arguments) override { return function_(interpreter, self_, arguments); }
+  Value call(Interpreter& interpreter, Arguments& arguments) override {
+    return call_method(interpreter, function_, name_, self_, arguments);
+  }
 
  private:
   Value self_;
   MethodFunction function_;
+  std::string name_;
 };
 
 void require_defined(const Value& value) {
@@ -126,7 +130,7 @@ Value Interpreter::evaluate_call(const CallExpr& expr, Value caller) {
     if (const MethodFunction method = find_method(self, node.name)) {
       Arguments arguments = evaluate_arguments(expr.arguments);
       line_ = expr.line;
-      return method(*this, self, arguments);
+      return call_method(*this, method, node.name, self, arguments);
     }
     const Value callee = attribute(self, node.name);
     Arguments arguments = evaluate_arguments(expr.arguments);
@@ -265,7 +269,7 @@ Value Interpreter::attribute(const Value& value, std::string_view name) {
   if (value.is(Kind::object)) {
     if (auto found = value.as_object().attribute(*this, name)) return std::move(*found);
   } else if (const MethodFunction method = find_method(value, name)) {
-    return Value::object(std::make_shared<BoundMethod>(value, method));
+    return Value::object(std::make_shared<BoundMethod>(value, method, name));
   } else if (is_forbidden_method(value, name)) {
     return Value::undefined(fmt::format("the method '{}' of '{}' changes it, which templates must not", name, type_name(value)));
   } else if (value.is(Kind::dict)) {
@@ -298,14 +302,17 @@ Value Interpreter::item(const Value& value, const Value& key) {
         for (std::int64_t i = 0; i < index; ++i) decode_utf8(text, position);
         const std::size_t start = position;
         decode_utf8(text, position);
-        return Value::string(text.substr(start, position - start));
+        const Value character = Value::string(text.substr(start, position - start));
+        return value.is_markup() ? character.as_markup() : character;
       }
     }
   }
   if (key.is_string() && !value.is(Kind::dict)) return attribute(value, key.as_string());
   if (key.is_string()) {
     const std::string& name = key.as_string();
-    if (const MethodFunction method = find_method(value, name)) return Value::object(std::make_shared<BoundMethod>(value, method));
+    if (const MethodFunction method = find_method(value, name)) {
+      return Value::object(std::make_shared<BoundMethod>(value, method, name));
+    }
     return Value::undefined(fmt::format("'{}' has no attribute '{}'", describe_type(value), name));
   }
   return Value::undefined(fmt::format("{} has no element {}", describe_type(value), to_repr(key, budget_)));

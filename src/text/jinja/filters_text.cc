@@ -21,7 +21,7 @@ struct Entry {
 /// The method of str of that name, on the text of whatever the input is.
 Value text_method(Interpreter& interpreter, const Value& input, std::string_view name, Arguments& arguments) {
   const Value text = input.is_string() ? input : interpreter.string(interpreter.text(input));
-  return find_method(text, name)(interpreter, text, arguments);
+  return call_method(interpreter, find_method(text, name), name, text, arguments);
 }
 
 Value trim(Interpreter& interpreter, const Value& input, Arguments& arguments) {
@@ -50,23 +50,17 @@ Value string(Interpreter& interpreter, const Value& input, Arguments& arguments)
 }
 
 Value safe(Interpreter& interpreter, const Value& input, Arguments& arguments) {
-  return string(interpreter, input, arguments);  // nothing is escaped automatically
+  return string(interpreter, input, arguments).as_markup();
 }
 
 Value escape(Interpreter& interpreter, const Value& input, Arguments& arguments) {
   const Parameters parameters("escape", arguments, {});
-  std::string out;
-  for (const char c : interpreter.text(input)) {
-    switch (c) {
-      case '&': out += "&amp;"; break;
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '"': out += "&#34;"; break;
-      case '\'': out += "&#39;"; break;
-      default: out += c;
-    }
-  }
-  return interpreter.string(std::move(out));
+  return escape_html(interpreter, input);
+}
+
+Value forceescape(Interpreter& interpreter, const Value& input, Arguments& arguments) {
+  const Parameters parameters("forceescape", arguments, {});
+  return escape_html(interpreter, interpreter.string(interpreter.text(input)));
 }
 
 /// Words start with a capital after space, brackets and dashes; unlike str.title().
@@ -91,7 +85,8 @@ Value replace(Interpreter& interpreter, const Value& input, Arguments& arguments
   Arguments texts;
   texts.positional = {interpreter.string(interpreter.text(parameters[0])), interpreter.string(interpreter.text(parameters[1]))};
   if (parameters.has(2) && !parameters[2].is_none()) texts.positional.push_back(parameters[2]);
-  return text_method(interpreter, input, "replace", texts);
+  const Value plain = interpreter.string(interpreter.text(input));
+  return text_method(interpreter, plain, "replace", texts);
 }
 
 Value indent(Interpreter& interpreter, const Value& input, Arguments& arguments) {
@@ -121,7 +116,8 @@ Value indent(Interpreter& interpreter, const Value& input, Arguments& arguments)
     out += line;
     interpreter.budget().check_size(out.size());
   }
-  return interpreter.string(std::move(out));
+  const Value result = interpreter.string(std::move(out));
+  return input.is_markup() ? result.as_markup() : result;
 }
 
 Value truncate(Interpreter& interpreter, const Value& input, Arguments& arguments) {
@@ -335,7 +331,7 @@ constexpr std::array kFilters = {
     Entry{"safe", safe},
     Entry{"escape", escape},
     Entry{"e", escape},
-    Entry{"forceescape", escape},
+    Entry{"forceescape", forceescape},
     Entry{"replace", replace},
     Entry{"indent", indent},
     Entry{"truncate", truncate},

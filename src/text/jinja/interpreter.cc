@@ -224,16 +224,18 @@ Interpreter::Flow Interpreter::execute_for(const ForStatement& statement, const 
 
   static const std::string loop_name = "loop";
   const auto name = std::find(code_.names.begin(), code_.names.end(), loop_name);
-  bool any = false;
+  // `else` is for loops without a complete pass: leaving all of them early counts as none.
+  bool completed = false;
   while (loop->advance(*this)) {
-    any = true;
     budget_.charge(1);
     const ScopeGuard inner(*this, std::make_shared<Scope>(scope_));
     if (name != code_.names.end()) scope_->set(static_cast<NameId>(name - code_.names.begin()), Value::object(loop));
     assign(statement.target, loop->current());
-    if (execute(statement.body) == Flow::break_loop) break;
+    const Flow flow = execute(statement.body);
+    if (flow == Flow::break_loop) break;
+    completed |= flow == Flow::normal;
   }
-  if (any) return Flow::normal;
+  if (completed) return Flow::normal;
   const ScopeGuard inner(*this, std::make_shared<Scope>(scope_));
   return execute(statement.otherwise);
 }

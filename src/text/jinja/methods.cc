@@ -54,13 +54,13 @@ Value strip(Interpreter& interpreter, const Value& self, Arguments& arguments) {
   return interpreter.string(std::string(text));
 }
 
-/// Splits at runs of space, at most `limit` times (none when negative).
+/// Splits at runs of space, at most `limit` times (always when negative). What is left keeps its end.
 std::vector<std::string_view> split_at_space(std::string_view text, std::int64_t limit) {
   std::vector<std::string_view> parts;
   text = strip_left(text);
   while (!text.empty()) {
     if (limit >= 0 && static_cast<std::int64_t>(parts.size()) >= limit) {
-      parts.push_back(strip_right(text));
+      parts.push_back(text);
       break;
     }
     std::size_t end = 0;
@@ -76,7 +76,7 @@ std::vector<std::string_view> split_at_space(std::string_view text, std::int64_t
   return parts;
 }
 
-/// The last `limit` words, and before them the rest of the text.
+/// The last `limit` words, and before them the rest of the text, which keeps its start.
 std::vector<std::string_view> rsplit_at_space(std::string_view text, std::int64_t limit) {
   std::vector<std::string_view> words = split_at_space(text, -1);
   if (limit < 0 || static_cast<std::int64_t>(words.size()) <= limit) return words;
@@ -84,7 +84,7 @@ std::vector<std::string_view> rsplit_at_space(std::string_view text, std::int64_
   const std::string_view last = words[kept - 1];
   const auto end = static_cast<std::size_t>(last.data() + last.size() - text.data());
   words.erase(words.begin(), words.begin() + static_cast<std::ptrdiff_t>(kept) - 1);
-  words.front() = strip_left(text.substr(0, end));
+  words.front() = text.substr(0, end);
   return words;
 }
 

@@ -135,6 +135,30 @@ bool is_joinable(const Value& value) {
   return value.is(Kind::sequence) && (value.as_sequence().is_tuple() || value.as_sequence().kind == SequenceKind::list);
 }
 
+/// What differs when Markup takes part: other text is escaped, and the result is Markup.
+std::optional<Value> markup_binary(Interpreter& interpreter, BinaryOperator op, const Value& left, const Value& right) {
+  if (op == BinaryOperator::add && left.is_string() && right.is_string()) {
+    std::string text = escape_html(interpreter, left).as_string() + escape_html(interpreter, right).as_string();
+    return interpreter.string(std::move(text)).as_markup();
+  }
+  if (op == BinaryOperator::multiply && (left.is_integral() || right.is_integral())) {
+    const bool text_first = left.is_string();
+    return repeat(interpreter, text_first ? left : right, (text_first ? right : left).as_integer()).as_markup();
+  }
+  if (op != BinaryOperator::modulo || !left.is_markup()) return std::nullopt;
+  // Values are escaped as they are put in; numbers need none, and keep their formats.
+  const auto escaped = [&](const Value& value) { return value.is_number() ? value : escape_html(interpreter, value); };
+  Value arguments = right;
+  if (right.is(Kind::sequence) && right.as_sequence().is_tuple()) {
+    std::vector<Value> items;
+    for (const Value& item : right.as_sequence().items) items.push_back(escaped(item));
+    arguments = interpreter.tuple(std::move(items));
+  } else if (!right.is(Kind::dict)) {
+    arguments = escaped(right);
+  }
+  return interpreter.string(format_printf(interpreter, left.as_string(), arguments)).as_markup();
+}
+
 struct Range {
   std::int64_t start, step;
   std::size_t count;
@@ -169,6 +193,9 @@ std::optional<Range> slice_range(const Value& start, const Value& stop, const Va
 }  // namespace
 
 Value Interpreter::binary(BinaryOperator op, const Value& left, const Value& right) {
+  if (left.is_markup() || right.is_markup()) {
+    if (const auto result = markup_binary(*this, op, left, right)) return *result;
+  }
   if (op == BinaryOperator::modulo && left.is_string()) return string(format_printf(*this, left.as_string(), right));
   for (const Value* operand : {&left, &right}) {
     if (operand->is_undefined()) fail("{}", operand->undefined_reason());
@@ -207,7 +234,8 @@ Value Interpreter::slice(const Value& value, const Value& start, const Value& st
     const auto range = slice_range(start, stop, step, static_cast<std::int64_t>(size));
     if (range) {
       if (size == text.size() && range->step == 1) {  // ASCII, the common case
-        return string(range->count == 0 ? std::string() : text.substr(static_cast<std::size_t>(range->start), range->count));
+        Value part = string(range->count == 0 ? std::string() : text.substr(static_cast<std::size_t>(range->start), range->count));
+        return value.is_markup() ? part.as_markup() : part;
       }
       const std::vector<std::size_t> offsets = code_point_offsets(text);
       budget_.charge_bytes(offsets.size() * sizeof offsets[0]);
@@ -216,7 +244,7 @@ Value Interpreter::slice(const Value& value, const Value& start, const Value& st
         const std::size_t index = range->index(i);
         result.append(text, offsets[index], offsets[index + 1] - offsets[index]);
       }
-      return string(std::move(result));
+      return value.is_markup() ? string(std::move(result)).as_markup() : string(std::move(result));
     }
   } else if (value.is(Kind::sequence) && value.as_sequence().is_indexable()) {
     const Sequence& sequence = value.as_sequence();
@@ -229,7 +257,9 @@ Value Interpreter::slice(const Value& value, const Value& start, const Value& st
       return make_sequence(sequence.is_tuple() ? SequenceKind::tuple : SequenceKind::list, std::move(items), budget_);
     }
   }
-  return Value::undefined(fmt::format("{} cannot be sliced so", describe_type(value)));
+  // Jinja2 compiles slices to Python's, so that this is an error where an index would be undefined.
+  fail("a '{}' cannot be sliced with bounds of the types '{}', '{}' and '{}'", type_name(value), type_name(start),
+       type_name(stop), type_name(step));
 }
 
 std::vector<Value> Interpreter::elements(const Value& value) {

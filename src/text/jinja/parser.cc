@@ -174,6 +174,7 @@ std::unique_ptr<Statement> Parser::parse_if() {
 std::unique_ptr<Statement> Parser::parse_for() {
   auto statement = std::make_unique<ForStatement>(peek().line);
   statement->target = parse_target(false, "in");
+  if (mentions(statement->target, "loop")) error("'loop' cannot be the variable of a for loop");
   expect_name("in");
   statement->iterable = parse_tuple(false, false, "recursive");
   if (skip_name("if")) statement->condition = parse_expression();
@@ -296,6 +297,11 @@ std::unique_ptr<Statement> Parser::parse_named_block() {
 std::unique_ptr<Statement> Parser::parse_jump(bool is_break) {
   if (loops_ == 0) error(fmt::format("'{}' outside a for loop", is_break ? "break" : "continue"));
   return std::make_unique<JumpStatement>(peek().line, is_break);
+}
+
+bool Parser::mentions(const Target& target, std::string_view name) const {
+  if (!target.is_tuple) return names_[target.name] == name;
+  return std::any_of(target.items.begin(), target.items.end(), [&](const Target& item) { return mentions(item, name); });
 }
 
 /// {% print a, b %}

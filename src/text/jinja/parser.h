@@ -42,6 +42,7 @@ class Parser {
   void parse_print(Body& body);
   Target parse_target(bool with_namespace, std::string_view end_name = {});
   Target parse_single_target(bool with_namespace);
+  bool mentions(const Target& target, std::string_view name) const;
   NameId parse_name();
   void parse_signature(Signature& signature);
   void parse_macro_body(Signature& signature, Body& body, std::string_view end);

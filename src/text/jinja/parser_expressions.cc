@@ -335,7 +335,8 @@ ExprPtr Parser::parse_subscript(ExprPtr object) {
 
   const auto at_bound_end = [&] { return peek().is_op(":") || peek().is_op("]") || peek().is_op(","); };
   ExprPtr first;
-  if (!peek().is_op(":")) first = parse_expression();
+  if (peek().is_op("]")) first = std::make_unique<SequenceExpr>(line, SequenceKind::tuple);  // x[] is x[()]
+  else if (!peek().is_op(":")) first = parse_expression();
   if (peek().is_op(":")) {
     auto slice = std::make_unique<SliceExpr>(line);
     next();

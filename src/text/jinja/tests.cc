@@ -117,7 +117,7 @@ bool is_any_number(const Value& value) { return value.is_number() || value.is(Ki
 bool is_callable(const Value& value) {
   return value.is_undefined() || (value.is(Kind::object) && value.as_object().callable());
 }
-bool never(const Value&) { return false; }
+bool is_escaped(const Value& value) { return value.is_markup(); }
 
 const std::array kTests = {
     Entry{"defined", simple<is_defined>},
@@ -134,7 +134,7 @@ const std::array kTests = {
     Entry{"float", simple<has_kind<Kind::real>>},
     Entry{"number", simple<is_any_number>},
     Entry{"callable", simple<is_callable>},
-    Entry{"escaped", simple<never>},
+    Entry{"escaped", simple<is_escaped>},
     Entry{"odd", is_odd},
     Entry{"even", is_even},
     Entry{"divisibleby", is_divisible},

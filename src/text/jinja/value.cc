@@ -121,6 +121,12 @@ Value Value::string(std::string text) {
   return result;
 }
 
+Value Value::as_markup() const {
+  Value result = *this;
+  result.markup_ = is_string();
+  return result;
+}
+
 Value Value::big_integer(std::string digits) {
   Value result(Kind::big_integer);
   result.object_ = std::make_shared<StringObject>(std::move(digits));
@@ -305,6 +311,7 @@ bool hashable(const Value& value) {
 }
 
 std::string_view type_name(const Value& value) {
+  if (value.is_markup()) return "Markup";
   switch (value.kind()) {
     case Kind::undefined: return "Undefined";
     case Kind::none: return "NoneType";
@@ -350,7 +357,9 @@ void append_repr(std::string& out, const Value& value, Budget& budget, int level
     case Kind::real: out += real_repr(value.as_real()); break;
     case Kind::string:
       budget.charge_bytes(value.as_string().size());
+      if (value.is_markup()) out += "Markup(";
       append_string_repr(out, value.as_string());
+      if (value.is_markup()) out += ')';
       return;
     case Kind::sequence: append_sequence_repr(out, value.as_sequence(), budget, level); return;
     case Kind::dict: {

@@ -117,6 +117,9 @@ class Value {
   bool is_undefined() const { return kind_ == Kind::undefined; }
   bool is_none() const { return kind_ == Kind::none; }
   bool is_string() const { return kind_ == Kind::string; }
+  /// Text that went through `safe` or `escape`: HTML, with which other text is escaped when joined.
+  bool is_markup() const { return markup_; }
+  Value as_markup() const;
   /// Whatever Python's int() semantics cover without conversion: bool and int.
   bool is_integral() const { return kind_ == Kind::integer || kind_ == Kind::boolean; }
   bool is_number() const { return is_integral() || kind_ == Kind::real; }
@@ -140,6 +143,7 @@ class Value {
   explicit Value(Kind kind) : kind_(kind) {}
 
   Kind kind_ = Kind::undefined;
+  bool markup_ = false;  ///< of a string
   union {
     std::int64_t integer_ = 0;
     double real_;
