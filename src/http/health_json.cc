@@ -16,7 +16,7 @@ std::string pair_json(const protocol::PairStatus& pair) {
                      json_string(pair.reason()), pair.bandwidth_bytes_per_s());
 }
 
-std::string worker_json(const WorkerHealth& worker) {
+std::string worker_json(const WorkerView& worker) {
   const protocol::Load& load = worker.load;
   std::string role = worker.role.starts_with("ROLE_") ? worker.role.substr(5) : worker.role;
   for (char& c : role) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));

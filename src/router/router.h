@@ -60,7 +60,7 @@ struct RouterEvent {
 using RouterEventSink = std::function<void(RouterEvent&&)>;
 
 /// One worker as /health shows it.
-struct WorkerHealth {
+struct WorkerView {
   std::string address, name, role, state, why_not, transport;
   uint64_t epoch = 0;
   protocol::Load load;
@@ -75,7 +75,7 @@ struct RouterHealth {
   std::string model;
   int32_t max_model_len = 0, vocab_size = 0;
   int64_t requests = 0;
-  std::vector<WorkerHealth> workers;
+  std::vector<WorkerView> workers;
 };
 
 struct RouterStats {

@@ -493,7 +493,7 @@ RouterHealth RouterCore::health() const {
   bool unheard = false, has_prefill = false, has_decode = false, pair_ready = false;
   std::string pair_problem;
   for (const auto& worker : registry_.entries()) {
-    WorkerHealth entry;
+    WorkerView entry;
     entry.address = worker->address;
     entry.name = worker->hello.name();
     entry.role = protocol::Role_Name(worker->hello.role());

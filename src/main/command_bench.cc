@@ -1,0 +1,121 @@
+#include <fstream>
+
+#include "base/log.h"
+#include "main/cli.h"
+#include "main/options.h"
+#include "ops/bench_engine.h"
+#include "ops/bench_serve.h"
+
+namespace baton::cli {
+
+namespace {
+
+Status write_file(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  if (!file) return unavailable("cannot write {}", path);
+  return {};
+}
+
+void add_bench_serve(CommandLine& line, CLI::App& bench) {
+  struct Command {
+    ops::BenchServeOptions options;
+    std::string json_path, html_path;
+    bool quiet = false;
+  };
+  auto command = std::make_shared<Command>();
+  ops::BenchServeOptions& o = command->options;
+  CLI::App* app = bench.add_subcommand("serve", "Load generator for any OpenAI-compatible server.");
+  app->add_option("--url", o.url, "the server")->capture_default_str();
+  app->add_option("--model", o.model, "model name [the server's first]");
+  app->add_option("--isl", o.isl, "prompt tokens, mean")->capture_default_str();
+  app->add_option("--osl", o.osl, "answer tokens, mean")->capture_default_str();
+  app->add_option("--spread", o.length_spread, "lengths vary by this share of the mean, 0 to 1")->capture_default_str();
+  app->add_option("-c,--concurrency", o.concurrency, "requests at once")->capture_default_str();
+  app->add_option("--rate", o.rate, "requests per second, arriving at random, instead of a fixed concurrency");
+  app->add_option("-n,--requests", o.requests, "how many in all")->capture_default_str();
+  app->add_option("--duration", o.duration_s, "seconds to run, instead of --requests");
+  app->add_option("--warmup", o.warmup, "requests before the clock starts")->capture_default_str();
+  app->add_option("--shared-prefix", o.shared_prefix, "tokens that the prompts of a group share")->capture_default_str();
+  app->add_option("--prefix-groups", o.prefix_groups, "groups of prompts with one prefix each")->capture_default_str();
+  app->add_flag("--text", o.text, "prompts as text, for servers that take no token ids (ISL in words)");
+  app->add_option("--vocab-size", o.vocab_size, "token ids are drawn below it")->capture_default_str();
+  app->add_option("--temperature", o.temperature, "0: greedy")->capture_default_str();
+  app->add_option("--disconnect", o.disconnect, "share of clients that leave in the middle, 0 to 1")->capture_default_str();
+  app->add_option("--slo-ttft-ms", o.slo_ttft_ms, "goodput: time to first token at most");
+  app->add_option("--slo-itl-ms", o.slo_itl_ms, "goodput: mean gap between tokens at most");
+  app->add_option("--seed", o.seed, "of lengths and prompts")->capture_default_str();
+  app->add_option("--timeout-ms", o.timeout_ms, "of one request")->capture_default_str();
+  app->add_option("--json", command->json_path, "write the result there as JSON");
+  app->add_option("--html", command->html_path, "write a report with pictures there");
+  app->add_flag("-q,--quiet", command->quiet, "no progress line");
+  app->callback([&line, command] {
+    line.action = [command] {
+      command->options.progress = !command->quiet;
+      Result<ops::BenchServeResult> result = ops::run_bench_serve(command->options);
+      if (!result.ok()) return fail("bench serve", result.status());
+      fmt::print("{}", ops::bench_serve_table(*result));
+      Status status;
+      if (!command->json_path.empty()) status = write_file(command->json_path, ops::bench_serve_json(*result));
+      if (status.ok() && !command->html_path.empty()) status = write_file(command->html_path, ops::bench_serve_html(*result));
+      if (!status.ok()) return fail("bench serve", status);
+      return result->failed > 0 ? 1 : 0;
+    };
+  });
+}
+
+void add_bench_engine(CommandLine& line, CLI::App& bench) {
+  struct Command {
+    ModelFlags model;
+    EngineFlags engine;
+    ops::BenchEngineOptions options;
+    std::string json_path;
+  };
+  auto command = std::make_shared<Command>();
+  command->model.load_format = "dummy";
+  command->engine.max_batched_tokens = 512;
+  ops::BenchEngineOptions& o = command->options;
+  CLI::App* app = bench.add_subcommand("engine", "Prefill and decode speed beside this machine's limits.");
+  command->model.add_to(*app);
+  command->engine.add_to(*app);
+  app->add_option("--prefill", o.prefill_tokens, "prompt lengths")->capture_default_str();
+  app->add_option("--context", o.decode_contexts, "context lengths to decode at")->capture_default_str();
+  app->add_option("--batch", o.decode_batches, "sequences decoded at once")->capture_default_str();
+  app->add_option("--decode-tokens", o.decode_tokens, "tokens per decode run")->capture_default_str();
+  app->add_option("--runs", o.runs, "runs of each; the median is shown")->capture_default_str();
+  app->add_option("--json", command->json_path, "write the result there as JSON");
+  app->callback([&line, command] {
+    line.action = [command] {
+      set_log_level(LogLevel::kWarning);
+      ops::BenchEngineOptions options = command->options;
+      Result<std::filesystem::path> folder = command->model.path();
+      if (!folder.ok()) return fail("bench engine", folder.status());
+      options.model_path = *folder;
+      options.load_format = command->model.load_format;
+      options.threads = command->engine.threads;
+      options.isa = command->engine.isa;
+      options.block_tokens = command->engine.block_tokens;
+      options.max_batched_tokens = command->engine.max_batched_tokens;
+      Result<ops::BenchEngineResult> result = ops::run_bench_engine(options);
+      if (!result.ok()) return fail("bench engine", result.status());
+      fmt::print("{}", ops::bench_engine_table(*result));
+      if (!command->json_path.empty()) {
+        Status status = write_file(command->json_path, ops::bench_engine_json(*result));
+        if (!status.ok()) return fail("bench engine", status);
+      }
+      return 0;
+    };
+  });
+}
+
+}  // namespace
+
+void add_bench(CommandLine& line) {
+  CLI::App* bench = line.app.add_subcommand("bench", "Measure a server or the engine.");
+  bench->require_subcommand(1);
+  add_bench_serve(line, *bench);
+  add_bench_engine(line, *bench);
+}
+
+}  // namespace baton::cli

@@ -1,0 +1,144 @@
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "ops/bench_serve.h"
+#include "ops/svg.h"
+
+namespace baton::ops {
+
+using nlohmann::ordered_json;
+
+namespace {
+
+std::string load_name(const BenchServeOptions& options) {
+  return options.rate > 0 ? fmt::format("{} requests/s (Poisson)", options.rate) : fmt::format("concurrency {}", options.concurrency);
+}
+
+ordered_json to_json(const Distribution& d) {
+  return {{"mean", d.mean}, {"p50", d.p50}, {"p90", d.p90}, {"p95", d.p95}, {"p99", d.p99}, {"max", d.max}, {"count", d.count}};
+}
+
+std::string escape_html(std::string_view text) {
+  std::string out;
+  for (char c : text) {
+    switch (c) {
+      case '<': out += "&lt;"; break;
+      case '>': out += "&gt;"; break;
+      case '&': out += "&amp;"; break;
+      default: out += c;
+    }
+  }
+  return out;
+}
+
+struct Row {
+  const char* name;
+  const Distribution& values;
+};
+
+std::vector<Row> rows(const BenchServeResult& result) {
+  return {{"TTFT ms", result.ttft_ms}, {"ITL ms", result.itl_ms}, {"TPOT ms", result.tpot_ms}, {"E2E ms", result.e2e_ms}};
+}
+
+/// Share of values at or below x, as points for a picture.
+Series cumulative(const char* name, std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  Series series{name, {}};
+  size_t step = std::max<size_t>(1, values.size() / 400);
+  for (size_t i = 0; i < values.size(); i += step) {
+    series.points.push_back({values[i], 100.0 * static_cast<double>(i + 1) / static_cast<double>(values.size())});
+  }
+  if (!values.empty()) series.points.push_back({values.back(), 100.0});
+  return series;
+}
+
+}  // namespace
+
+std::string bench_serve_table(const BenchServeResult& result) {
+  const BenchServeOptions& o = result.options;
+  std::string out = fmt::format("{}  model {}  ISL {}  OSL {}  {}\n", o.url, result.model, o.isl, o.osl, load_name(o));
+  out += fmt::format("{} ok, {} failed, {} left early in {:.1f} s\n\n", result.succeeded, result.failed, result.disconnected, result.wall_s);
+  out += fmt::format("{:<10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n", "", "mean", "p50", "p90", "p95", "p99", "max");
+  for (const Row& row : rows(result)) {
+    const Distribution& d = row.values;
+    out += fmt::format("{:<10}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2f}\n", row.name, d.mean, d.p50, d.p90, d.p95, d.p99, d.max);
+  }
+  out += fmt::format("\nrequests/s {:.2f}   output tokens/s {:.1f}   all tokens/s {:.1f}", result.requests_per_s,
+                     result.output_tokens_per_s, result.total_tokens_per_s);
+  if (o.slo_ttft_ms > 0 || o.slo_itl_ms > 0) {
+    out += fmt::format("\ngoodput {:.2f} requests/s within", result.goodput_per_s);
+    if (o.slo_ttft_ms > 0) out += fmt::format(" TTFT {} ms", o.slo_ttft_ms);
+    if (o.slo_itl_ms > 0) out += fmt::format(" ITL {} ms", o.slo_itl_ms);
+  }
+  out += "\n";
+  for (const auto& [message, count] : result.errors) out += fmt::format("{} x {}\n", count, message);
+  return out;
+}
+
+std::string bench_serve_json(const BenchServeResult& result) {
+  const BenchServeOptions& o = result.options;
+  ordered_json out = {
+      {"url", o.url}, {"model", result.model}, {"isl", o.isl}, {"osl", o.osl}, {"spread", o.length_spread},
+      {"concurrency", o.concurrency}, {"rate", o.rate}, {"shared_prefix", o.shared_prefix}, {"seed", o.seed},
+      {"wall_s", result.wall_s}, {"succeeded", result.succeeded}, {"failed", result.failed},
+      {"disconnected", result.disconnected}, {"requests_per_s", result.requests_per_s},
+      {"output_tokens_per_s", result.output_tokens_per_s}, {"total_tokens_per_s", result.total_tokens_per_s},
+      {"goodput_per_s", result.goodput_per_s}, {"slo_ttft_ms", o.slo_ttft_ms}, {"slo_itl_ms", o.slo_itl_ms},
+      {"ttft_ms", to_json(result.ttft_ms)}, {"itl_ms", to_json(result.itl_ms)}, {"tpot_ms", to_json(result.tpot_ms)},
+      {"e2e_ms", to_json(result.e2e_ms)}, {"errors", result.errors}};
+  return out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+std::string bench_serve_html(const BenchServeResult& result) {
+  const BenchServeOptions& o = result.options;
+  std::vector<double> ttft, itl, e2e;
+  std::vector<double> tokens_per_s(static_cast<size_t>(result.wall_s) + 1, 0.0);
+  Series scatter{"TTFT of each request", {}};
+  for (const RequestRecord& record : result.records) {
+    if (!record.ok) continue;
+    ttft.push_back((record.first_s - record.start_s) * 1e3);
+    e2e.push_back((record.end_s - record.start_s) * 1e3);
+    scatter.points.push_back({record.start_s, ttft.back()});
+    double time_s = record.first_s;
+    auto count = [&] {
+      size_t second = static_cast<size_t>(std::max(0.0, time_s));
+      if (second < tokens_per_s.size()) tokens_per_s[second] += 1;
+    };
+    count();
+    for (float gap : record.gaps_s) {
+      itl.push_back(gap * 1e3);
+      time_s += gap;
+      count();
+    }
+  }
+  Series timeline{"output tokens/s", {}};
+  for (size_t second = 0; second + 1 < tokens_per_s.size(); ++second) {
+    timeline.points.push_back({static_cast<double>(second) + 0.5, tokens_per_s[second]});
+  }
+  std::string table = "<table><tr><th></th><th>mean</th><th>p50</th><th>p90</th><th>p95</th><th>p99</th><th>max</th></tr>";
+  for (const Row& row : rows(result)) {
+    const Distribution& d = row.values;
+    table += fmt::format("<tr><td>{}</td><td>{:.2f}</td><td>{:.2f}</td><td>{:.2f}</td><td>{:.2f}</td><td>{:.2f}</td><td>{:.2f}</td></tr>",
+                         row.name, d.mean, d.p50, d.p90, d.p95, d.p99, d.max);
+  }
+  table += "</table>";
+  std::string errors;
+  for (const auto& [message, count] : result.errors) errors += fmt::format("<p class=\"bad\">{} × {}</p>", count, escape_html(message));
+  return fmt::format(
+      "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>baton bench serve</title><style>"
+      "body{{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}}"
+      "table{{border-collapse:collapse}}td,th{{padding:.2em .9em;text-align:right;border-bottom:1px solid #ddd}}"
+      "td:first-child{{text-align:left}}svg{{max-width:480px;width:100%;height:auto}}.bad{{color:#b00}}</style></head><body>"
+      "<h1>{}</h1><p>{} · ISL {} · OSL {} · {} · {} ok, {} failed, {} left early in {:.1f} s</p>"
+      "<p><b>{:.2f}</b> requests/s · <b>{:.1f}</b> output tokens/s · <b>{:.1f}</b> tokens/s in all · goodput <b>{:.2f}</b>/s</p>{}{}<p>{}{}{}{}</p></body></html>\n",
+      escape_html(result.model), escape_html(o.url), o.isl, o.osl, load_name(o), result.succeeded, result.failed,
+      result.disconnected, result.wall_s, result.requests_per_s, result.output_tokens_per_s, result.total_tokens_per_s,
+      result.goodput_per_s, table, errors,
+      svg_chart({"Time to first token", "ms", "% of requests"}, {cumulative("TTFT", ttft)}),
+      svg_chart({"Gap between tokens", "ms", "% of gaps"}, {cumulative("ITL", itl)}),
+      svg_chart({"Throughput", "s", "tokens/s"}, {timeline}),
+      svg_chart({"TTFT over the run", "s", "ms", true}, {scatter}));
+}
+
+}  // namespace baton::ops
