@@ -37,8 +37,9 @@ Result<Buffer> Buffer::allocate(size_t bytes) {
   munmap(start + before + mapped, total - before - mapped);
   buffer.data_ = start + before;
   buffer.bytes_ = bytes;
-  // Only a wish: without transparent huge pages the memory is as good, only slower.
-  madvise(buffer.data_, mapped, MADV_HUGEPAGE);
+  // Only a wish: without transparent huge pages the memory is as good, only slower. Not for the tail: a small
+  // model has a hundred matrices, and a huge page for the end of each would be most of its memory.
+  if (bytes >= kHugePage) madvise(buffer.data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
   return buffer;
 }
 
