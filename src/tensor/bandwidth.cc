@@ -12,17 +12,38 @@
 namespace baton {
 namespace {
 
-/// Reads [begin, end), a multiple of 64 bytes.
-uint64_t read_range(const std::byte* begin, const std::byte* end) {
-  uint64_t sums[8] = {};
+/// Reads [begin, end), multiples of 64 bytes. Not a bare load loop: a few dependent operations per line pace the
+/// loads, and the prefetchers follow that a few percent faster.
+template <typename Line>
+inline __attribute__((always_inline)) uint64_t read_lines(const std::byte* begin, const std::byte* end) {
+  Line sum[64 / sizeof(Line)] = {};
   for (; begin < end; begin += 64) {
-    uint64_t line[8];
-    std::memcpy(line, begin, sizeof(line));
-    for (int i = 0; i < 8; ++i) sums[i] |= line[i];
-    // The line after the next page's worth: a stream that the hardware prefetchers would find anyway, found sooner.
-    __builtin_prefetch(begin + 4096, 0, 2);
+    for (size_t i = 0; i < 64 / sizeof(Line); ++i) {
+      const Line line = *reinterpret_cast<const Line*>(begin + i * sizeof(Line));
+      sum[i] = ((sum[i] << 1) ^ line) + line;
+    }
   }
-  return sums[0] | sums[1] | sums[2] | sums[3] | sums[4] | sums[5] | sums[6] | sums[7];
+  uint64_t result = 0;
+  for (const Line& line : sum) {
+    for (size_t i = 0; i < sizeof(Line) / 8; ++i) result |= line[i];
+  }
+  return result;
+}
+
+typedef uint64_t Line16 __attribute__((vector_size(16), may_alias));
+typedef uint64_t Line64 __attribute__((vector_size(64), may_alias));
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f"))) uint64_t read_range_avx512(const std::byte* begin, const std::byte* end) {
+  return read_lines<Line64>(begin, end);
+}
+#endif
+
+uint64_t read_range(const std::byte* begin, const std::byte* end) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return read_range_avx512(begin, end);
+#endif
+  return read_lines<Line16>(begin, end);
 }
 
 }  // namespace

@@ -8,16 +8,15 @@
 // leaves the state as it was, so a row doesn't notice which other rows shared its tile.
 //
 // Isa provides, with Word its packed element (a bf16 pair or a float) and kWordElements 2 or 1:
-//   V                                              vector of float32, see vector_kernels.h
-//   load_query(src, head_dim, Word* dst)           one row, head_dim / kWordElements words
-//   pack_keys(const uint16_t* rows[64], head_dim, Word* tile)     [head_dim / kWordElements][64]
-//   pack_values(rows, head_dim, padded, Word* tile)               [64 / kWordElements][padded]
-//   scores(q, q_stride, rows, tile, head_dim, float* s)           s [rows][64]
-//   store_weights(V a, V b, Word* dst)             2 * kWidth weights, in order
-//   weighted_sum(p, rows, tile, padded, corrections, float* o)    o[r] = o[r] * corrections[r] + p[r] V
-// rows[i] is null for keys that don't exist; they are packed as zeros.
-
-#pragma once
+//   V                                                                   vector of float32, see vector_kernels.h
+//   load_query(src, head_dim, Word* dst)                                one row, head_dim / kWordElements words
+//   pack_keys(const TileRows&, head_dim, Word* tile, ahead)             [head_dim / kWordElements][64]
+//   pack_values(const TileRows&, head_dim, padded, Word* tile, ahead)   [64 / kWordElements][padded]
+//   scores(q, q_stride, rows, tile, head_dim, float* s, ahead)          s [rows][64]
+//   store_weights(V a, V b, Word* dst)                                  2 * kWidth weights, in order
+//   weighted_sum(p, rows, tile, padded, corrections, float* o, ahead)   o[r] = o[r] * corrections[r] + p[r] V
+// Keys that don't exist are packed as zeros. The four big ones take a TileAhead and call step() head_dim / 2 times,
+// evenly over their work.
 
 #include "kernels/cpu/vector_kernels.h"
 
@@ -27,6 +26,48 @@ namespace {
 inline constexpr float kMinusInfinity = -__builtin_inff();
 
 inline int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+/// Where the 64 keys of a tile lie. Those from `count` on don't exist; their pointers are valid but mean nothing.
+struct TileRows {
+  const uint16_t* k[kTileKeys];
+  int64_t v_offset;  // elements from a key to its value
+  int count;
+};
+
+/// Walks over the next tile's keys, then its values, two lines per step, while the present tile is computed. Blocks
+/// are scattered, so the hardware can't guess them, and asking for all lines at once would only fill its queues:
+/// the steps are spread evenly, head_dim / 2 over each of the four phases of a tile.
+class TileAhead {
+ public:
+  TileAhead(const TileRows& next, int head_dim) : next_(next), row_bytes_(head_dim * 2) {}
+
+  inline __attribute__((always_inline)) void step() {
+    const char* const line = reinterpret_cast<const char*>(next_.k[row_] + offset_) + at_;
+    __builtin_prefetch(line, 0, 2);
+    __builtin_prefetch(line + 64, 0, 2);
+    at_ += 128;
+    if (at_ < row_bytes_) return;
+    at_ = 0;
+    if (++row_ == kTileKeys) {
+      row_ = 0;
+      offset_ = next_.v_offset;
+    }
+  }
+
+  /// Goes on where a copy of this stopped.
+  void resume(const TileAhead& copy) {
+    offset_ = copy.offset_;
+    at_ = copy.at_;
+    row_ = copy.row_;
+  }
+
+ private:
+  const TileRows& next_;
+  int64_t offset_ = 0;  // elements: 0 in the keys, then v_offset
+  int row_bytes_;
+  int at_ = 0;
+  int row_ = 0;
+};
 
 template <typename Isa>
 struct AttentionScratch {
@@ -137,32 +178,18 @@ inline float soften_row(float* s, int visible_begin, int visible_end, float scal
   return correction;
 }
 
-inline const uint16_t* key_row(const AttentionTask& t, const uint16_t* pool, int64_t position) {
-  const int64_t block = t.block_table[position / t.block_tokens];
-  return pool + block * t.block_stride + t.kv_head * t.head_stride +
-         (position % t.block_tokens) * t.head_dim;
-}
-
-/// Fills rows[0..63] with the tile's keys (or values) below `end`.
-inline void gather_rows(const AttentionTask& t, const uint16_t* pool, int64_t tile_begin, int64_t end,
-                        const uint16_t** rows) {
-  int i = 0;
-  while (i < kTileKeys && tile_begin + i < end) {
-    const uint16_t* row = key_row(t, pool, tile_begin + i);
-    const int64_t in_block = t.block_tokens - (tile_begin + i) % t.block_tokens;
-    const int64_t stop = min64(min64(i + in_block, kTileKeys), end - tile_begin);
-    for (; i < stop; ++i, row += t.head_dim) rows[i] = row;
+/// Finds the rows of the tile that begins at `tile_begin`; keys from `end` on don't exist.
+inline void gather_rows(const AttentionTask& t, int64_t tile_begin, int64_t end, TileRows* tile) {
+  tile->count = static_cast<int>(min64(kTileKeys, end - tile_begin));
+  tile->v_offset = t.v_offset;
+  int64_t block = tile_begin / t.block_tokens, in_block = tile_begin % t.block_tokens;
+  for (int i = 0; i < tile->count; ++block, in_block = 0) {
+    const uint16_t* row = t.k_pool + t.block_table[block] * t.block_stride + t.kv_head * t.head_stride +
+                          in_block * t.head_dim;
+    const int stop = static_cast<int>(min64(i + t.block_tokens - in_block, tile->count));
+    for (; i < stop; ++i, row += t.head_dim) tile->k[i] = row;
   }
-  for (; i < kTileKeys; ++i) rows[i] = nullptr;
-}
-
-/// Asks for the rows of the next tile while this one is computed: blocks are scattered, the hardware can't guess.
-inline void prefetch_rows(const uint16_t* const* rows, int head_dim) {
-  for (int i = 0; i < kTileKeys; ++i) {
-    if (rows[i] == nullptr) return;
-    const char* const row = reinterpret_cast<const char*>(rows[i]);
-    for (int at = 0; at < head_dim * 2; at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
+  for (int i = tile->count; i < kTileKeys; ++i) tile->k[i] = tile->k[0];
 }
 
 template <typename Isa>
@@ -190,6 +217,7 @@ void attention_task(const AttentionTask& t) {
     w.total_sum[r] = 0;
   }
   for (int64_t i = 0; i < int64_t{rows} * padded; ++i) w.total[i] = 0;
+  TileRows tiles[2];
 
   for (int64_t segment = t.segment_begin; segment < t.segment_end; ++segment) {
     const int64_t begin = max64(segment * kSegmentKeys, key_begin / kTileKeys * kTileKeys);
@@ -200,9 +228,17 @@ void attention_task(const AttentionTask& t) {
     }
     for (int64_t i = 0; i < int64_t{rows} * padded; ++i) w.o[i] = 0;
 
-    const uint16_t* k_rows[kTileKeys];
-    const uint16_t* v_rows[kTileKeys];
+    if (begin < end) gather_rows(t, begin, key_end, &tiles[0]);
+    int current = 0;
     for (int64_t tile = begin; tile < end; tile += kTileKeys) {
+      const TileRows& now = tiles[current];
+      TileRows& next = tiles[1 - current];
+      if (tile + kTileKeys < key_end) {
+        gather_rows(t, tile + kTileKeys, key_end, &next);
+      } else {
+        next = now;
+      }
+      current = 1 - current;
       // Rows are ordered by token, so those that see nothing of this tile are a prefix (causality) and a suffix
       // (window).
       const int64_t first_token = max64(0, tile - first_pos);
@@ -212,17 +248,11 @@ void attention_task(const AttentionTask& t) {
       const int r1 = static_cast<int>(last_token) * group;
       if (r0 >= r1) continue;
 
-      gather_rows(t, t.k_pool, tile, key_end, k_rows);
-      gather_rows(t, t.v_pool, tile, key_end, v_rows);
-      Isa::pack_keys(k_rows, d, w.k);
-      Isa::pack_values(v_rows, d, padded, w.v);
-      if (tile + kTileKeys < end) {
-        gather_rows(t, t.k_pool, tile + kTileKeys, key_end, k_rows);
-        gather_rows(t, t.v_pool, tile + kTileKeys, key_end, v_rows);
-        prefetch_rows(k_rows, d);
-        prefetch_rows(v_rows, d);
-      }
-      Isa::scores(w.q + int64_t{r0} * words, words, r1 - r0, w.k, d, w.s + int64_t{r0} * kTileKeys);
+      TileAhead ahead(next, d);
+      Isa::pack_keys(now, d, w.k, ahead);
+      Isa::pack_values(now, d, padded, w.v, ahead);
+      Isa::scores(w.q + int64_t{r0} * words, words, r1 - r0, w.k, d, w.s + int64_t{r0} * kTileKeys,
+                  ahead);
       for (int r = r0; r < r1; ++r) {
         const int64_t pos = first_pos + r / group;
         const int64_t lowest = t.window > 0 ? pos - t.window + 1 : 0;
@@ -233,7 +263,7 @@ void attention_task(const AttentionTask& t) {
                             &w.sum[r], w.p + int64_t{r} * (kTileKeys / Isa::kWordElements));
       }
       Isa::weighted_sum(w.p + int64_t{r0} * (kTileKeys / Isa::kWordElements), r1 - r0, w.v, padded,
-                        w.correction + r0, w.o + int64_t{r0} * padded);
+                        w.correction + r0, w.o + int64_t{r0} * padded, ahead);
     }
     if (t.partial != nullptr) {
       const int stride = partial_stride(d);

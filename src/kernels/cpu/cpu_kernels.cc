@@ -254,7 +254,7 @@ void CpuKernels::add_attention_tasks(const AttentionArgs& args, const SequenceSl
     task.window = args.sliding_window;
     task.start_pos = sequence.start_pos;
     task.k_pool = reinterpret_cast<const uint16_t*>(kv.pool + kv.k_offset_bytes);
-    task.v_pool = reinterpret_cast<const uint16_t*>(kv.pool + kv.v_offset_bytes);
+    task.v_offset = (kv.v_offset_bytes - kv.k_offset_bytes) / 2;
     task.block_stride = kv.block_stride_bytes / 2;
     task.head_stride = int64_t{kv.block_tokens} * kv.head_dim;
     task.block_tokens = kv.block_tokens;

@@ -127,7 +127,7 @@ inline void matrix_product_f32(const float* a, int64_t a_stride, int64_t rows, c
   }
 }
 
-/// The Isa of attention_kernel.h over float32 tiles.
+/// The Isa of attention_kernel.h over float32 tiles. It is bound by arithmetic, so all prefetches are made in one place.
 template <typename Vector>
 struct FloatAttention {
   using V = Vector;
@@ -137,22 +137,21 @@ struct FloatAttention {
   static void load_query(const uint16_t* src, int head_dim, float* dst) {
     for (int i = 0; i < head_dim; ++i) dst[i] = widen(src[i]);
   }
-  static void pack_keys(const uint16_t* const* rows, int head_dim, float* tile) {
+  static void pack_keys(const TileRows& now, int head_dim, float* tile, TileAhead& ahead) {
     for (int key = 0; key < kTileKeys; ++key) {
-      for (int i = 0; i < head_dim; ++i) {
-        tile[i * kTileKeys + key] = rows[key] == nullptr ? 0.0f : widen(rows[key][i]);
-      }
+      for (int i = 0; i < head_dim; i += 32) ahead.step();
+      for (int i = 0; i < head_dim; ++i) tile[i * kTileKeys + key] = key < now.count ? widen(now.k[key][i]) : 0.0f;
     }
   }
-  static void pack_values(const uint16_t* const* rows, int head_dim, int padded, float* tile) {
+  static void pack_values(const TileRows& now, int head_dim, int padded, float* tile, TileAhead&) {
     for (int key = 0; key < kTileKeys; ++key) {
       float* const line = tile + int64_t{key} * padded;
-      for (int i = 0; i < padded; ++i) {
-        line[i] = rows[key] == nullptr || i >= head_dim ? 0.0f : widen(rows[key][i]);
-      }
+      const int count = key < now.count ? head_dim : 0;
+      for (int i = 0; i < count; ++i) line[i] = widen(now.k[key][now.v_offset + i]);
+      for (int i = count; i < padded; ++i) line[i] = 0;
     }
   }
-  static void scores(const float* q, int q_stride, int rows, const float* tile, int head_dim, float* s) {
+  static void scores(const float* q, int q_stride, int rows, const float* tile, int head_dim, float* s, TileAhead&) {
     matrix_product_f32<V>(q, q_stride, rows, tile, kTileKeys, head_dim, nullptr, s, kTileKeys, kTileKeys);
   }
   static void store_weights(V a, V b, float* dst) {
@@ -160,7 +159,7 @@ struct FloatAttention {
     V::store(dst + V::kWidth, b);
   }
   static void weighted_sum(const float* p, int rows, const float* tile, int padded, const float* corrections,
-                           float* o) {
+                           float* o, TileAhead&) {
     matrix_product_f32<V>(p, kTileKeys, rows, tile, padded, kTileKeys, corrections, o, padded, padded);
   }
 };

@@ -70,8 +70,8 @@ struct AttentionTask {
   int64_t start_pos = 0;
   int64_t token_begin = 0;
   int64_t token_end = 0;
-  const uint16_t* k_pool = nullptr;  // layer's K (V) of block 0, kv_head 0
-  const uint16_t* v_pool = nullptr;
+  const uint16_t* k_pool = nullptr;  // layer's K of block 0, kv_head 0
+  int64_t v_offset = 0;              // elements from a key to its value
   int64_t block_stride = 0;  // elements
   int64_t head_stride = 0;   // elements: block_tokens * head_dim
   int block_tokens = 0;

@@ -62,6 +62,7 @@ inline __m512i broadcast_pair(const uint32_t* p) { return _mm512_set1_epi32(stat
 // ------------------------------------------------------------------------------------------------ linear
 
 constexpr int kBlockRows = 12;           // 12 x 2 sums, 2 weights, 1 activation: 27 of 32 registers
+constexpr int64_t kStreamAheadBytes = 8192;
 constexpr int64_t kMaxDepthPairs = 256;  // of k at a time: 32 KiB of weights, shared by all row blocks
 
 /// Activations become [k_pairs][rows] pairs.
@@ -79,6 +80,8 @@ struct LinearBlock {
   const uint32_t* a;  // [depth][rows]
   const uint32_t* b;  // [depth][32]
   int64_t depth;
+  const char* ahead;     // memory to prefetch, ahead_step bytes per step of k
+  int64_t ahead_step;
   float* sums;  // [rows][32]: where the sums rest between blocks of k
   bool first;   // begins at zero instead of `sums`
   bool last;    // ends in y instead of `sums`
@@ -112,7 +115,13 @@ void linear_block(const LinearBlock& block, const LinearTask& t) {
   }
   const uint32_t* a = block.a;
   const uint32_t* b = block.b;
-  for (int64_t kk = 0; kk < block.depth; ++kk, a += kRows, b += kPanelLanes) {
+  const char* ahead = block.ahead;
+  for (int64_t kk = 0; kk < block.depth; ++kk, a += kRows, b += kPanelLanes, ahead += block.ahead_step) {
+    // With few rows the hardware prefetchers see a stream at full speed, and ours would only be in their way.
+    if constexpr (kRows >= 6) {
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + 64, 0, 2);
+    }
     const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -146,11 +155,18 @@ void linear_bf16(const LinearTask& t) {
     const uint32_t* const weights = t.weights + panel * t.k_pairs * kPanelLanes;
     for (int64_t j = 0; j < depth_blocks; ++j) {
       const int64_t begin = t.k_pairs * j / depth_blocks, end = t.k_pairs * (j + 1) / depth_blocks;
+      // What follows this block in memory is the next one: every block of rows fetches its share of it.
+      const int64_t share = (end - begin) * kPanelLanes * 4 / rows.count;
+      const char* const ahead =
+          reinterpret_cast<const char*>(weights + (rows.count == 1 ? begin * kPanelLanes : end * kPanelLanes)) +
+          (rows.count == 1 ? kStreamAheadBytes : 0);
       for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t row = rows.begin(i), count = rows.begin(i + 1) - row;
         const LinearBlock block = {.a = static_cast<const uint32_t*>(t.a) + row * t.k_pairs + begin * count,
                                    .b = weights + begin * kPanelLanes,
                                    .depth = end - begin,
+                                   .ahead = ahead + i * share,
+                                   .ahead_step = kPanelLanes * 4 / rows.count,
                                    .sums = t.scratch + row * kPanelLanes,
                                    .first = j == 0,
                                    .last = j + 1 == depth_blocks,
@@ -165,51 +181,65 @@ void linear_bf16(const LinearTask& t) {
 // --------------------------------------------------------------------------------------------- attention
 
 /// c[r] = c[r] * scale[r] + a[r] B, or a[r] B when scale is null. a [rows][depth] pairs, b [depth][b_stride] pairs.
+struct PairProduct {
+  const uint32_t* a;
+  int64_t a_stride;
+  const uint32_t* b;
+  int64_t b_stride;
+  int64_t depth;
+  const float* scale;
+  float* c;
+  int64_t c_stride;
+};
+
 template <int kRows, int kVectors>
-inline void pair_product(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth,
-                         const float* scale, float* c, int64_t c_stride) {
+inline void pair_product(const PairProduct& t, int64_t row, TileAhead& prefetch) {
+  const uint32_t* const a = t.a + row * t.a_stride;
+  float* const c = t.c + row * t.c_stride;
   __m512 acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = scale == nullptr ? _mm512_setzero_ps()
-                                   : _mm512_mul_ps(_mm512_loadu_ps(c + r * c_stride + v * 16), _mm512_set1_ps(scale[r]));
+      acc[r][v] = t.scale == nullptr ? _mm512_setzero_ps()
+                                     : _mm512_mul_ps(_mm512_loadu_ps(c + r * t.c_stride + v * 16),
+                                                     _mm512_set1_ps(t.scale[row + r]));
     }
   }
-  for (int64_t kk = 0; kk < depth; ++kk) {
+  TileAhead ahead = prefetch;  // in registers while the loop runs
+  for (int64_t kk = 0; kk < t.depth; ++kk) {
+    // Tasks with more rows have time enough in the other phases.
+    if constexpr (kRows <= 4) ahead.step();
     __m512i lanes[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) lanes[v] = _mm512_loadu_si512(b + kk * b_stride + v * 16);
+    for (int v = 0; v < kVectors; ++v) lanes[v] = _mm512_loadu_si512(t.b + kk * t.b_stride + v * 16);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512i pair = broadcast_pair(a + r * a_stride + kk);
+      const __m512i pair = broadcast_pair(a + r * t.a_stride + kk);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[r][v] = dot_pairs(acc[r][v], pair, lanes[v]);
     }
   }
+  prefetch.resume(ahead);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * c_stride + v * 16, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * t.c_stride + v * 16, acc[r][v]);
   }
 }
 
 template <int kVectors>
 inline void pair_product_rows(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
-                              int64_t depth, const float* scale, float* c, int64_t c_stride) {
-  const auto step = [&](auto product, int64_t r) {
-    product(a + r * a_stride, a_stride, b, b_stride, depth, scale == nullptr ? nullptr : scale + r, c + r * c_stride,
-            c_stride);
-  };
+                              int64_t depth, const float* scale, float* c, int64_t c_stride, TileAhead& ahead) {
+  const PairProduct t = {a, a_stride, b, b_stride, depth, scale, c, c_stride};
   int64_t r = 0;
-  for (; r + 6 <= rows; r += 6) step(pair_product<6, kVectors>, r);
+  for (; r + 6 <= rows; r += 6) pair_product<6, kVectors>(t, r, ahead);
   switch (rows - r) {
-    case 1: return step(pair_product<1, kVectors>, r);
-    case 2: return step(pair_product<2, kVectors>, r);
-    case 3: return step(pair_product<3, kVectors>, r);
-    case 4: return step(pair_product<4, kVectors>, r);
-    case 5: return step(pair_product<5, kVectors>, r);
+    case 1: return pair_product<1, kVectors>(t, r, ahead);
+    case 2: return pair_product<2, kVectors>(t, r, ahead);
+    case 3: return pair_product<3, kVectors>(t, r, ahead);
+    case 4: return pair_product<4, kVectors>(t, r, ahead);
+    case 5: return pair_product<5, kVectors>(t, r, ahead);
     default: return;
   }
 }
@@ -255,19 +285,31 @@ struct PairAttention {
     __builtin_memcpy(dst, src, static_cast<size_t>(head_dim) * 2);
   }
 
-  static void pack_keys(const uint16_t* const* rows, int head_dim, uint32_t* tile) {
+  static void pack_keys(const TileRows& now, int head_dim, uint32_t* tile, TileAhead& ahead) {
     const int words = head_dim / 2;
+    if (now.count == kTileKeys && words % 16 == 0) {
+      pack_keys_of<true>(now, words, tile, ahead);
+    } else {
+      pack_keys_of<false>(now, words, tile, ahead);
+    }
+  }
+
+  /// kFull: all keys exist and a row is whole vectors.
+  template <bool kFull>
+  static void pack_keys_of(const TileRows& now, int words, uint32_t* tile, TileAhead& ahead) {
     for (int key = 0; key < kTileKeys; key += 16) {
       for (int word = 0; word < words; word += 16) {
         const __mmask16 mask = VecAvx512::part_mask(words - word);
         __m512i m[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-          m[i] = rows[key + i] == nullptr ? _mm512_setzero_si512()
-                                          : _mm512_maskz_loadu_epi32(mask, rows[key + i] + 2 * word);
+          const __mmask16 row_mask = key + i < now.count ? mask : static_cast<__mmask16>(0);
+          m[i] = kFull ? _mm512_loadu_si512(now.k[key + i] + 2 * word)
+                       : _mm512_maskz_loadu_epi32(row_mask, now.k[key + i] + 2 * word);
+          if (i % 4 == 3) ahead.step();
         }
         transpose_16x16(m);
-        const int count = words - word < 16 ? words - word : 16;
+        const int count = kFull || words - word >= 16 ? 16 : words - word;
         uint32_t* const out = tile + word * kTileKeys + key;
         if (count == 16) {
 #pragma GCC unroll 16
@@ -279,26 +321,40 @@ struct PairAttention {
     }
   }
 
-  static void pack_values(const uint16_t* const* rows, int head_dim, int padded, uint32_t* tile) {
-    // Interleaves 16 elements of two rows; index 32 + i is element i of the second.
-    const __m512i interleave = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                                6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  static void pack_values(const TileRows& now, int head_dim, int padded, uint32_t* tile, TileAhead& ahead) {
+    if (now.count == kTileKeys && head_dim % 32 == 0) {
+      pack_values_of<true>(now, head_dim, padded, tile, ahead);
+    } else {
+      pack_values_of<false>(now, head_dim, padded, tile, ahead);
+    }
+  }
+
+  template <bool kFull>
+  static void pack_values_of(const TileRows& now, int head_dim, int padded, uint32_t* tile, TileAhead& ahead) {
+    // Interleave elements 0..15 (16..31) of two rows; index 32 + i is element i of the second.
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int key = 0; key < kTileKeys; key += 2) {
       uint32_t* const out = tile + key / 2 * padded;
-      for (int i = 0; i < padded; i += 16) {
-        const __mmask16 mask = VecAvx512::part_mask(head_dim - i);
-        const __m256i even =
-            rows[key] == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(mask, rows[key] + i);
-        const __m256i odd =
-            rows[key + 1] == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(mask, rows[key + 1] + i);
-        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(_mm512_castsi256_si512(even), interleave,
-                                                               _mm512_castsi256_si512(odd)));
+      const uint16_t* const even_row = now.k[key] + now.v_offset;
+      const uint16_t* const odd_row = now.k[key + 1] + now.v_offset;
+      for (int i = 0; i < head_dim; i += 64) ahead.step();
+      for (int i = 0; i < padded; i += 32) {
+        const __mmask32 mask = head_dim - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (head_dim - i)) - 1;
+        const __m512i even = kFull ? _mm512_loadu_si512(even_row + i)
+                                   : _mm512_maskz_loadu_epi16(key < now.count ? mask : __mmask32{0}, even_row + i);
+        const __m512i odd = kFull ? _mm512_loadu_si512(odd_row + i)
+                                  : _mm512_maskz_loadu_epi16(key + 1 < now.count ? mask : __mmask32{0}, odd_row + i);
+        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(even, low, odd));
+        if (i + 16 < padded) _mm512_storeu_si512(out + i + 16, _mm512_permutex2var_epi16(even, high, odd));
       }
     }
   }
 
-  static void scores(const uint32_t* q, int q_stride, int rows, const uint32_t* tile, int head_dim, float* s) {
-    pair_product_rows<4>(q, q_stride, rows, tile, kTileKeys, head_dim / 2, nullptr, s, kTileKeys);
+  static void scores(const uint32_t* q, int q_stride, int rows, const uint32_t* tile, int head_dim, float* s,
+                     TileAhead& ahead) {
+    pair_product_rows<4>(q, q_stride, rows, tile, kTileKeys, head_dim / 2, nullptr, s, kTileKeys, ahead);
   }
 
   static void store_weights(V a, V b, uint32_t* dst) {
@@ -306,16 +362,16 @@ struct PairAttention {
   }
 
   static void weighted_sum(const uint32_t* p, int rows, const uint32_t* tile, int padded, const float* corrections,
-                           float* o) {
+                           float* o, TileAhead& ahead) {
     constexpr int kDepth = kTileKeys / 2;
     int column = 0;
     for (; column + 64 <= padded; column += 64) {
-      pair_product_rows<4>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded);
+      pair_product_rows<4>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
     }
     switch ((padded - column) / 16) {
-      case 1: return pair_product_rows<1>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded);
-      case 2: return pair_product_rows<2>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded);
-      case 3: return pair_product_rows<3>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded);
+      case 1: return pair_product_rows<1>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
+      case 2: return pair_product_rows<2>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
+      case 3: return pair_product_rows<3>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
       default: return;
     }
   }
