@@ -287,7 +287,7 @@ def evaluate(out, device, limit):
     sets["questions.jsonl"] = False, [json.loads(line) for line in (out / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     table, wrong = [], {}
     for name, (held_out, items) in sets.items():
-        items = items[:: max(1, len(items) // limit)] if limit else items
+        items = items[:: max(1, len(items) // limit)] if limit and name != "questions.jsonl" else items
         prompts = [item["prompt"] if "prompt" in item else tokenizer.apply_chat_template(item["messages"], add_generation_prompt=True, tokenize=False)
                    for item in items]
         encoded = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cfloat>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -15,24 +14,6 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kGreedyBelow = 1e-5f;  // as vLLM: colder than this is greedy
-
-/// exp(x) for x <= 0 to 2 ulp, 0 below -87. Cephes' polynomial (S. Moshier), without branches so that loops over
-/// it become SIMD, and with the same bits on every machine, which libm does not promise.
-inline float exp_nonpositive(float x) {
-  const float clamped = x > -87.0f ? x : -87.0f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float n = (clamped * 1.44269504088896341f + kRound) - kRound;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float y = (p * r * r + r) + 1.0f;
-  const float scaled = y * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  return x > -87.0f ? scaled : 0.0f;
-}
 
 /// A total order: larger first, ties by the lower id.
 template <typename T>
@@ -72,7 +53,7 @@ Result<SampledToken> Sampler::sample(std::span<float> logits, const SampleContex
   double log_sum = 0;  // of exp over the raw logits
   if (params.logprobs >= 0) {
     const float maximum = *std::ranges::max_element(maxima_);
-    log_sum = maximum + std::log(weigh(logits, maximum, 1.0f, false));
+    log_sum = maximum + std::log(weigh(logits, maximum, 1.0f));
     const size_t count = std::min(static_cast<size_t>(params.logprobs), vocab_size_);
     if (count > 0) {
       collect_at_least(logits, count);
@@ -133,36 +114,7 @@ void Sampler::edit(std::span<float> logits, const SampleContext& context) {
 }
 
 bool Sampler::find_maxima(std::span<const float> logits) {
-  constexpr size_t kLanes = 16;
-  uint32_t bad = 0;
-  for (size_t chunk = 0; chunk < maxima_.size(); ++chunk) {
-    const float* x = logits.data() + chunk * kChunk;
-    const size_t count = std::min(kChunk, vocab_size_ - chunk * kChunk);
-    float maximum = kMinusInfinity;
-    if (count == kChunk) {
-      float lanes[kLanes];
-      uint32_t bad_lanes[kLanes] = {};
-      for (size_t l = 0; l < kLanes; ++l) lanes[l] = kMinusInfinity;
-      for (size_t i = 0; i < kChunk; i += kLanes) {
-        for (size_t l = 0; l < kLanes; ++l) {
-          const float value = x[i + l];
-          lanes[l] = value > lanes[l] ? value : lanes[l];
-          bad_lanes[l] |= value <= FLT_MAX ? 0u : 1u;
-        }
-      }
-      for (size_t l = 0; l < kLanes; ++l) {
-        maximum = lanes[l] > maximum ? lanes[l] : maximum;
-        bad |= bad_lanes[l];
-      }
-    } else {
-      for (size_t i = 0; i < count; ++i) {
-        maximum = x[i] > maximum ? x[i] : maximum;
-        bad |= x[i] <= FLT_MAX ? 0u : 1u;
-      }
-    }
-    maxima_[chunk] = maximum;
-  }
-  return bad == 0;
+  return loops_.maxima(logits.data(), vocab_size_, maxima_.data());
 }
 
 TokenId Sampler::first_equal(std::span<const float> logits, float value) const {
@@ -205,32 +157,11 @@ float Sampler::kth_logit(std::span<const float> logits, size_t k) {
   return *kth;
 }
 
-double Sampler::weigh(std::span<const float> logits, float maximum, float scale, bool keep) {
-  constexpr size_t kLanes = 8;
-  float chunk_weights[kChunk];
-  if (keep) weights_.resize(vocab_size_);
+double Sampler::weigh(std::span<const float> logits, float maximum, float scale) {
+  weights_.resize(vocab_size_);
+  loops_.weigh(logits.data(), vocab_size_, maximum, scale, weights_.data(), chunk_mass_.data());
   double total = 0;
-  for (size_t chunk = 0; chunk < maxima_.size(); ++chunk) {
-    const float* x = logits.data() + chunk * kChunk;
-    const size_t count = std::min(kChunk, vocab_size_ - chunk * kChunk);
-    float* weights = keep ? weights_.data() + chunk * kChunk : chunk_weights;
-    double sum = 0;
-    if (count == kChunk) {
-      double lanes[kLanes] = {};
-      for (size_t i = 0; i < kChunk; ++i) weights[i] = exp_nonpositive((x[i] - maximum) * scale);
-      for (size_t i = 0; i < kChunk; i += kLanes) {
-        for (size_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(weights[i + l]);
-      }
-      for (double lane : lanes) sum += lane;
-    } else {
-      for (size_t i = 0; i < count; ++i) {
-        weights[i] = exp_nonpositive((x[i] - maximum) * scale);
-        sum += static_cast<double>(weights[i]);
-      }
-    }
-    chunk_mass_[chunk] = sum;
-    total += sum;
-  }
+  for (double sum : chunk_mass_) total += sum;
   return total;
 }
 
@@ -243,25 +174,77 @@ TokenId Sampler::draw(std::span<const float> logits, float maximum, const Sampli
   if (limited) threshold = kth_logit(logits, static_cast<size_t>(params.top_k));
   if (params.min_p > 0) threshold = std::max(threshold, maximum + params.temperature * std::log(params.min_p));
 
-  double mass = 0;
   if (threshold == kMinusInfinity) {
-    mass = weigh(logits, maximum, scale, true);
-    if (params.top_p >= 1.0f) return draw_from_all(uniform);
-    // Nearly always a few hundred tokens hold the mass of top_p; else all are candidates.
-    constexpr size_t kLikely = 256;
-    collect_at_least(logits, std::min(kLikely, vocab_size_));
-    double held = 0;
-    for (const Candidate& candidate : candidates_) held += static_cast<double>(weights_[static_cast<size_t>(candidate.token)]);
-    if (held < static_cast<double>(params.top_p) * mass) collect(logits, kMinusInfinity);
-  } else {
-    collect(logits, threshold);
+    const double mass = weigh(logits, maximum, scale);
+    if (params.top_p < 1.0f) cut_to(static_cast<double>(params.top_p) * mass);
+    return draw_from_all(uniform);
   }
-  double candidates_mass = 0;
+  collect(logits, threshold);
+  double mass = 0;
   for (Candidate& candidate : candidates_) {
     candidate.value = exp_nonpositive((candidate.value - maximum) * scale);
-    candidates_mass += static_cast<double>(candidate.value);
+    mass += static_cast<double>(candidate.value);
   }
-  return draw_from_candidates(uniform, static_cast<double>(params.top_p), mass > 0 ? mass : candidates_mass);
+  Candidate last{.value = 0, .token = std::numeric_limits<TokenId>::max()};
+  if (params.top_p < 1.0f) {
+    selection_ = candidates_;
+    last = select_by_mass(selection_, 0, static_cast<double>(params.top_p) * mass);
+  }
+  return draw_from_candidates(uniform, last);
+}
+
+/// Quickselect by mass. Of `candidates`, most likely first, the last one of the shortest prefix with a mass of at least
+/// `target` - passed; all of them when rounding leaves it unreached. Reorders them.
+Sampler::Candidate Sampler::select_by_mass(std::span<Candidate> candidates, double passed, double target) {
+  Candidate last;
+  while (!candidates.empty()) {
+    const size_t size = candidates.size();
+    size_t a = 0, b = size / 2, c = size - 1;  // the median of three goes to the back
+    if (before(candidates[b], candidates[a])) std::swap(a, b);
+    if (before(candidates[c], candidates[b])) b = before(candidates[c], candidates[a]) ? a : c;
+    std::swap(candidates[b], candidates[size - 1]);
+    const Candidate pivot = candidates[size - 1];
+    size_t store = 0;
+    double left = 0;
+    for (size_t i = 0; i + 1 < size; ++i) {
+      if (!before(candidates[i], pivot)) continue;
+      left += static_cast<double>(candidates[i].value);
+      std::swap(candidates[i], candidates[store++]);
+    }
+    std::swap(candidates[store], candidates[size - 1]);
+    if (store > 0 && passed + left >= target) {
+      candidates = candidates.first(store);
+      continue;
+    }
+    last = pivot;
+    passed += left + static_cast<double>(pivot.value);
+    if (passed >= target) break;
+    candidates = candidates.subspan(store + 1);
+  }
+  return last;
+}
+
+/// Leaves in weights_ only the most likely tokens that together have a mass of `target`. A histogram over the leading
+/// bits of the weights (positive floats sort as integers) finds the one bin in which the edge lies.
+void Sampler::cut_to(double target) {
+  constexpr int kShift = 18;  // 8 bits of exponent, 5 of fraction: a bin spans 3 %
+  const auto bin_of = [](float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; };
+  histogram_.assign((std::bit_cast<uint32_t>(1.0f) >> kShift) + 2, 0.0);  // exp may round to just above 1
+  for (float weight : weights_) histogram_[bin_of(weight)] += static_cast<double>(weight);
+  size_t bin = histogram_.size() - 1;
+  double passed = 0;
+  while (bin > 0 && passed + histogram_[bin] < target) passed += histogram_[bin--];
+
+  selection_.clear();
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    if (bin_of(weights_[i]) == bin) selection_.push_back({.value = weights_[i], .token = static_cast<TokenId>(i)});
+  }
+  if (selection_.empty()) return;
+  const Candidate last = select_by_mass(selection_, passed, target);
+  for (const Candidate& candidate : selection_) {
+    if (candidate.value == last.value && candidate.token > last.token) weights_[static_cast<size_t>(candidate.token)] = 0;
+  }
+  loops_.cut(weights_.data(), weights_.size(), last.value, chunk_mass_.data());
 }
 
 /// Inverse CDF in the order of ids over weights_: first the chunk, then inside it.
@@ -288,50 +271,16 @@ TokenId Sampler::draw_from_all(double uniform) const {
   return chosen;
 }
 
-/// candidates_ hold weights, by id; `mass` is what top_p is a part of.
-TokenId Sampler::draw_from_candidates(double uniform, double top_p, double mass) {
-  Candidate last{.value = -1.0f, .token = 0};  // the least likely token that is kept
-  if (top_p < 1.0) {
-    // Quickselect by mass: the shortest prefix, most likely first, that holds top_p of it.
-    selection_ = candidates_;
-    const double target = top_p * mass;
-    size_t begin = 0, end = selection_.size();
-    double passed = 0;
-    last = {.value = -1.0f, .token = 0};
-    while (begin < end) {
-      Candidate* first = &selection_[begin];
-      const size_t size = end - begin;
-      size_t a = 0, b = size / 2, c = size - 1;  // the median of three goes to the back
-      if (before(first[b], first[a])) std::swap(a, b);
-      if (before(first[c], first[b])) b = before(first[c], first[a]) ? a : c;
-      std::swap(first[b], first[size - 1]);
-      const Candidate pivot = first[size - 1];
-      size_t store = 0;
-      double left = 0;
-      for (size_t i = 0; i + 1 < size; ++i) {
-        if (!before(first[i], pivot)) continue;
-        left += static_cast<double>(first[i].value);
-        std::swap(first[i], first[store++]);
-      }
-      std::swap(first[store], first[size - 1]);
-      if (store > 0 && passed + left >= target) {
-        end = begin + store;
-      } else {
-        last = pivot;
-        passed += left + static_cast<double>(pivot.value);
-        if (passed >= target) break;
-        begin += store + 1;
-      }
-    }
-  }
-  const auto kept = [&](const Candidate& candidate) { return !before(last, candidate); };
+/// The same over candidates_, which hold weights by id; those after `last` are not kept.
+TokenId Sampler::draw_from_candidates(double uniform, const Candidate& last) const {
+  const auto kept = [&](const Candidate& candidate) { return !before(last, candidate) && candidate.value > 0; };
   double total = 0;
   for (const Candidate& candidate : candidates_) total += kept(candidate) ? static_cast<double>(candidate.value) : 0.0;
   const double wanted = uniform * total;
   double passed = 0;
   TokenId chosen = 0;
   for (const Candidate& candidate : candidates_) {
-    if (!kept(candidate) || candidate.value <= 0) continue;
+    if (!kept(candidate)) continue;
     chosen = candidate.token;
     passed += static_cast<double>(candidate.value);
     if (passed > wanted) break;

@@ -7,6 +7,7 @@
 
 #include "base/status.h"
 #include "engine/request.h"
+#include "engine/sampler_loops.h"
 
 namespace baton {
 
@@ -62,7 +63,7 @@ class Sampler {
   Result<SampledToken> sample(std::span<float> logits, const SampleContext& context);
 
  private:
-  static constexpr size_t kChunk = 128;
+  static constexpr size_t kChunk = SamplerLoops::kChunk;
 
   struct Candidate {
     float value = 0;  // a logit, later a weight
@@ -81,16 +82,20 @@ class Sampler {
   float kth_logit(std::span<const float> logits, size_t k);
   TokenId draw(std::span<const float> logits, float maximum, const SamplingParams& params, int32_t index);
   TokenId draw_from_all(double uniform) const;
-  TokenId draw_from_candidates(double uniform, double top_p, double mass);
+  TokenId draw_from_candidates(double uniform, const Candidate& last) const;
+  static Candidate select_by_mass(std::span<Candidate> candidates, double passed, double target);
+  void cut_to(double target);
   /// weights_[i] = exp((logits[i] - maximum) * scale), chunk_mass_ their sums; returns the sum of all.
-  double weigh(std::span<const float> logits, float maximum, float scale, bool keep);
+  double weigh(std::span<const float> logits, float maximum, float scale);
 
+  const SamplerLoops& loops_ = sampler_loops();
   size_t vocab_size_;
   std::vector<TokenId> eos_token_ids_;
   std::vector<float> maxima_;       // [chunks]
   std::vector<float> order_;        // scratch of kth_maximum and kth_logit
   std::vector<float> weights_;      // [vocab_size]
   std::vector<double> chunk_mass_;  // [chunks]
+  std::vector<double> histogram_;   // mass by leading bits of the weight
   std::vector<Candidate> candidates_, selection_;
   std::vector<Candidate> undo_;     // edited logits, oldest first
 };

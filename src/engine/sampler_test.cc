@@ -223,6 +223,39 @@ TEST(Sampler, ABrokenModelIsAnErrorAndNotAToken) {
   EXPECT_EQ(sample(two, masked, {.min_tokens = 1}).status().code(), StatusCode::kInvalidArgument);
 }
 
+TEST(Sampler, ExpIsRightToTwoUlp) {
+  EXPECT_EQ(exp_nonpositive(0), 1.0f);
+  EXPECT_EQ(exp_nonpositive(-std::numeric_limits<float>::infinity()), 0.0f);
+  EXPECT_EQ(exp_nonpositive(-1e30f), 0.0f);
+  for (float x = 0; x > -87.0f; x -= 0.00731f) {
+    const double exact = std::exp(static_cast<double>(x));
+    EXPECT_NEAR(exp_nonpositive(x) / exact, 1.0, 2.4e-7) << x;
+  }
+}
+
+TEST(Sampler, EveryInstructionSetGivesTheSameBits) {
+  const SamplerLoops& best = sampler_loops();
+  const SamplerLoops& plain = plain_sampler_loops();
+  for (size_t count : {1u, 7u, 128u, 130u, 1000u, 4096u}) {
+    const std::vector<float> x = random_logits(count, count, 60.0);
+    const size_t chunks = (count + SamplerLoops::kChunk - 1) / SamplerLoops::kChunk;
+    std::vector<float> maxima_a(chunks), maxima_b(chunks), weights_a(count), weights_b(count);
+    std::vector<double> sums_a(chunks), sums_b(chunks);
+    EXPECT_TRUE(best.maxima(x.data(), count, maxima_a.data()));
+    EXPECT_TRUE(plain.maxima(x.data(), count, maxima_b.data()));
+    EXPECT_EQ(maxima_a, maxima_b);
+    best.weigh(x.data(), count, 30.0f, 0.7f, weights_a.data(), sums_a.data());
+    plain.weigh(x.data(), count, 30.0f, 0.7f, weights_b.data(), sums_b.data());
+    EXPECT_EQ(weights_a, weights_b);
+    EXPECT_EQ(sums_a, sums_b);
+    for (size_t i = 0; i < count; ++i) EXPECT_EQ(weights_a[i], exp_nonpositive((x[i] - 30.0f) * 0.7f));
+    best.cut(weights_a.data(), count, 1e-6f, sums_a.data());
+    plain.cut(weights_b.data(), count, 1e-6f, sums_b.data());
+    EXPECT_EQ(weights_a, weights_b);
+    EXPECT_EQ(sums_a, sums_b);
+  }
+}
+
 TEST(SamplingParams, ValidateNamesTheValueAndItsBounds) {
   EXPECT_TRUE(SamplingParams().validate(10).ok());
   const auto message = [](SamplingParams params) { return params.validate(10).message(); };

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>  // Boost 1.74 forgets it
+
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/beast/core.hpp>

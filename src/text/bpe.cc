@@ -148,6 +148,7 @@ Result<Bpe> Bpe::build(Config config) {
   for (const auto& [token, id] : config.vocab) bytes += token.size();
   bpe.vocab_.reserve(config.vocab.size(), bytes);
   for (const auto& [token, id] : config.vocab) bpe.vocab_.insert(token, id);
+  if (bpe.vocab_.size() != config.vocab.size()) return invalid_argument("tokenizer.json: model.vocab: a token is there twice");
 
   bpe.prefix_ = config.continuing_subword_prefix;
   bpe.suffix_ = config.end_of_word_suffix;

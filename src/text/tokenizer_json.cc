@@ -3,9 +3,9 @@
 #include <fmt/format.h>
 #include <simdjson.h>
 
+#include <algorithm>
 #include <array>
 #include <functional>
-#include <unordered_set>
 #include <utility>
 
 namespace baton {
@@ -432,19 +432,20 @@ Result<Bpe::Config> parse_model(const Node& root) {
   BATON_ASSIGN_OR_RETURN(const Node vocab_node, member(model, "vocab"));
   object vocab;
   if (vocab_node.value.get(vocab) != simdjson::SUCCESS) return vocab_node.fail("should be an object of token: id");
-  std::unordered_set<int32_t> ids;
-  std::unordered_set<std::string_view> tokens;
-  for (const auto [token, value] : vocab) {
+  std::vector<bool> taken;
+  for (const auto field : vocab) {
     if (config.vocab.size() >= kMaxVocab) return vocab_node.fail(fmt::format("more than {} tokens", kMaxVocab));
-    const auto where = [&] { return Node{value, fmt::format("{}[\"{}\"]", vocab_node.path, token.substr(0, 100))}; };
-    int64_t id = 0;
-    if (value.get(id) != simdjson::SUCCESS || id < 0 || id >= kMaxTokenId) {
+    const auto where = [&] { return Node{field.value, fmt::format("{}[\"{}\"]", vocab_node.path, field.key.substr(0, 100))}; };
+    int64_t value = 0;
+    if (field.value.get(value) != simdjson::SUCCESS || value < 0 || value >= kMaxTokenId) {
       return where().fail(fmt::format("should be a token id from 0 to {}", kMaxTokenId - 1));
     }
-    if (token.size() > kMaxTokenBytes) return where().fail(fmt::format("a token has more than {} bytes", kMaxTokenBytes));
-    if (!ids.insert(static_cast<int32_t>(id)).second) return where().fail(fmt::format("the id {} is given to two tokens", id));
-    if (!tokens.insert(token).second) return where().fail("the token is there twice");
-    config.vocab.emplace_back(token, static_cast<int32_t>(id));
+    if (field.key.size() > kMaxTokenBytes) return where().fail(fmt::format("a token has more than {} bytes", kMaxTokenBytes));
+    const auto id = static_cast<size_t>(value);
+    if (id >= taken.size()) taken.resize(std::max(id + 1, taken.size() * 2));
+    if (taken[id]) return where().fail(fmt::format("the id {} is given to two tokens", id));
+    taken[id] = true;
+    config.vocab.emplace_back(field.key, static_cast<int32_t>(id));
   }
   BATON_RETURN_IF_ERROR(parse_merges(model, config));
   return config;

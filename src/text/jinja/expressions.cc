@@ -111,10 +111,10 @@ Arguments Interpreter::evaluate_arguments(const ArgumentList& list) {
     if (!rest.is(Kind::dict)) fail("the argument after ** must be a dict, not '{}'", type_name(rest));
     for (const auto& [key, value] : rest.as_dict().entries) {
       if (!key.is_string()) fail("the keys of a dict after ** must be strings");
-      const bool given = std::any_of(list.keyword.begin(), list.keyword.end(),
-                                     [&](const auto& item) { return item.first == key.as_string(); });
-      if (given) fail("the argument '{}' is given twice", key.as_string());
-      arguments.keyword.emplace_back(key.as_string(), value);
+      const std::string& name = key.as_string();
+      const bool given = std::any_of(list.keyword.begin(), list.keyword.end(), [&](const auto& item) { return item.first == name; });
+      if (given) fail("the argument '{}' is given twice", name);
+      arguments.keyword.emplace_back(name, value);
     }
   }
   return arguments;

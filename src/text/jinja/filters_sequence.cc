@@ -178,7 +178,7 @@ Value sort(Interpreter& interpreter, const Value& input, Arguments& arguments) {
     }
     keys.push_back(interpreter.list(std::move(key)));
   }
-  return interpreter.list(sorted(interpreter, items, keys, parameters.boolean(0, false)));
+  return interpreter.list(sorted(interpreter, items, keys, parameters.integer(0, 0) != 0));
 }
 
 Value dictsort(Interpreter& interpreter, const Value& input, Arguments& arguments) {
@@ -193,7 +193,7 @@ Value dictsort(Interpreter& interpreter, const Value& input, Arguments& argument
     const Value& part = by == "key" ? key : value;
     keys.push_back(parameters.boolean(0, false) ? part : without_case(interpreter, part));
   }
-  return interpreter.list(sorted(interpreter, pairs, keys, parameters.boolean(2, false)));
+  return interpreter.list(sorted(interpreter, pairs, keys, parameters.integer(2, 0) != 0));
 }
 
 Value unique(Interpreter& interpreter, const Value& input, Arguments& arguments) {

@@ -203,7 +203,7 @@ class PrintfFormatter {
       out += convert();
       interpreter_.budget().check_size(out.size());
     }
-    const bool all_used = is_tuple_ ? used_ == arguments_.as_sequence().items.size() : used_ > 0 || named_ || arguments_.is(Kind::dict);
+    const bool all_used = is_tuple_ ? used_ == arguments_.as_sequence().items.size() : used_ > 0 || named_ || arguments_.is(Kind::dict) || arguments_.is_undefined();
     if (!all_used && !(arguments_.is(Kind::sequence) && !is_tuple_)) fail("not all arguments of a %-format were used");
     return out;
   }

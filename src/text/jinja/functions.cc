@@ -96,6 +96,7 @@ void each_entry(Interpreter& interpreter, std::string_view function, const Argum
   if (arguments.positional.size() > 1) fail("{} takes at most one positional argument", function);
   if (!arguments.positional.empty()) {
     const Value& source = arguments.positional[0];
+    if (source.is_undefined()) fail("{}", source.undefined_reason());
     if (source.is(Kind::dict)) {
       interpreter.budget().charge(source.as_dict().entries.size());
       for (const auto& [key, value] : source.as_dict().entries) set(key, value);

@@ -17,10 +17,17 @@ constexpr std::array<std::string_view, 26> kOperators = {
     "]",  "(",  ")",  "{",  "}",  ">",  "<", "=", ".", ":", "|", ",", ";"};
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
-bool is_name_start(char c) {
-  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_' || static_cast<unsigned char>(c) >= 0x80;
+
+/// Where the identifier at `position` ends; `position` itself when there is none.
+std::size_t name_end(std::string_view source, std::size_t position) {
+  if (position < source.size() && is_digit(source[position])) return position;
+  while (position < source.size()) {
+    std::size_t next = position;
+    if (!is_identifier_part(decode_utf8(source, next))) break;
+    position = next;
+  }
+  return position;
 }
-bool is_name_part(char c) { return is_name_start(c) || is_digit(c); }
 
 /// One kind of newline, and without the last one.
 std::string normalize_newlines(std::string_view source) {
@@ -193,15 +200,17 @@ class Lexer {
   void lex_token(std::vector<char>& open) {
     const char c = source_[position_];
     if (is_digit(c)) return lex_number();
-    if (is_name_start(c)) {
-      std::size_t stop = position_;
-      while (stop < source_.size() && is_name_part(source_[stop])) ++stop;
+    if (const std::size_t stop = name_end(source_, position_); stop > position_) {
       add(TokenKind::name, source_.substr(position_, stop - position_));
       return advance_to(stop);
     }
     if (c == '"' || c == '\'') return lex_string(c);
     const auto* symbol = std::find_if(kOperators.begin(), kOperators.end(), [&](auto s) { return starts_with(s); });
-    if (symbol == kOperators.end()) error(fmt::format("unexpected character '{}'", c));
+    if (symbol == kOperators.end()) {
+      std::size_t next = position_;
+      decode_utf8(source_, next);
+      error(fmt::format("unexpected character '{}'", source_.substr(position_, next - position_)));
+    }
     check_brackets(c, open);
     add(TokenKind::op, std::string(*symbol));
     advance_to(position_ + symbol->size());

@@ -129,7 +129,7 @@ Value rsplit(Interpreter& interpreter, const Value& self, Arguments& arguments) 
 
 Value splitlines(Interpreter& interpreter, const Value& self, Arguments& arguments) {
   const Parameters parameters("splitlines()", arguments, {"keepends"});
-  return list_of(interpreter, split_lines(subject(interpreter, self), parameters.boolean(0, false)));
+  return list_of(interpreter, split_lines(subject(interpreter, self), parameters.integer(0, 0) != 0));
 }
 
 template <bool FromRight>

@@ -160,7 +160,7 @@ std::optional<Value> markup_binary(Interpreter& interpreter, BinaryOperator op, 
 }
 
 struct Range {
-  std::int64_t start, step;
+  std::int64_t start, stop, step;
   std::size_t count;
 
   /// Of the i-th element, i < count.
@@ -187,7 +187,7 @@ std::optional<Range> slice_range(const Value& start, const Value& stop, const Va
   std::uint64_t count = 0;
   if (by > 0 && from < to) count = (static_cast<std::uint64_t>(to - from) - 1) / static_cast<std::uint64_t>(by) + 1;
   if (by < 0 && to < from) count = (static_cast<std::uint64_t>(from - to) - 1) / (0 - static_cast<std::uint64_t>(by)) + 1;
-  return Range{from, by, static_cast<std::size_t>(count)};
+  return Range{from, to, by, static_cast<std::size_t>(count)};
 }
 
 }  // namespace
@@ -254,7 +254,20 @@ Value Interpreter::slice(const Value& value, const Value& start, const Value& st
       std::vector<Value> items;
       items.reserve(range->count);
       for (std::size_t i = 0; i < range->count; ++i) items.push_back(sequence.items[range->index(i)]);
-      return make_sequence(sequence.is_tuple() ? SequenceKind::tuple : SequenceKind::list, std::move(items), budget_);
+      if (sequence.kind != SequenceKind::range) {
+        return make_sequence(sequence.is_tuple() ? SequenceKind::tuple : SequenceKind::list, std::move(items), budget_);
+      }
+      Value part = make_sequence(SequenceKind::range, std::move(items), budget_);
+      // Bounds that leave 64 bits belong to ranges that are printed nowhere: let them wrap.
+      const auto scaled = [&](std::int64_t index) {
+        return static_cast<std::int64_t>(static_cast<std::uint64_t>(sequence.range_start) +
+                                         static_cast<std::uint64_t>(index) * static_cast<std::uint64_t>(sequence.range_step));
+      };
+      part.as_sequence().range_start = scaled(range->start);
+      part.as_sequence().range_stop = scaled(range->stop);
+      part.as_sequence().range_step = static_cast<std::int64_t>(static_cast<std::uint64_t>(range->step) *
+                                                                static_cast<std::uint64_t>(sequence.range_step));
+      return part;
     }
   }
   // Jinja2 compiles slices to Python's, so that this is an error where an index would be undefined.

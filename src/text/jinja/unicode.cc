@@ -142,6 +142,15 @@ bool is_cased(char32_t code) {
   return is_upper(code) || is_lower(code) || category(code) == UTF8PROC_CATEGORY_LT;
 }
 
+bool is_identifier_part(char32_t code) {
+  switch (category(code)) {
+    case UTF8PROC_CATEGORY_MN: case UTF8PROC_CATEGORY_MC: case UTF8PROC_CATEGORY_ND: case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_PC:
+      return true;
+    default: return is_alphabetic(code);
+  }
+}
+
 std::string to_upper(std::string_view text) {
   std::string out;
   out.reserve(text.size());

@@ -25,6 +25,8 @@ bool is_decimal(char32_t code);
 bool is_upper(char32_t code);
 bool is_lower(char32_t code);
 bool is_cased(char32_t code);
+/// What may stand inside a Python identifier.
+bool is_identifier_part(char32_t code);
 
 std::string to_upper(std::string_view text);
 std::string to_lower(std::string_view text);

@@ -34,7 +34,7 @@ template <typename... Args>
 struct Limits {
   std::size_t max_template_bytes = 1u << 20;
   std::size_t max_output_bytes = 32u << 20;        ///< of the result and of any string on the way
-  std::uint64_t max_steps = 20'000'000;            ///< evaluated nodes and visited elements
+  std::uint64_t max_steps = 10'000'000;            ///< evaluated nodes and visited elements
   std::uint64_t max_work_bytes = 512ull << 20;     ///< bytes produced or scanned, live or not
   int max_depth = 1000;                            ///< nested evaluations: bounds the native stack
 };
