@@ -227,7 +227,7 @@ Parameters::Parameters(std::string_view function, const Arguments& arguments, st
 }
 
 const Value& Parameters::operator[](std::size_t index) const {
-  static const Value missing;
+  static const Value missing{};
   return values_[index] == nullptr ? missing : *values_[index];
 }
 
