@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
-#include <set>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>

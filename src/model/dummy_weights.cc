@@ -1,5 +1,6 @@
-#include <bit>
+#include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "base/random.h"

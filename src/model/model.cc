@@ -34,6 +34,8 @@ Result<std::unique_ptr<Model>> Model::load(const ModelOptions& options, Kernels&
     return invalid_argument("max_model_len is {}; {} has at most {} positions", options.max_model_len,
                             options.path.string(), config.max_position_embeddings);
   }
+  Status shape = kernels.validate_attention_shape(config.heads, config.kv_heads, config.head_dim);
+  if (!shape.ok()) return shape.with_context(options.path.string());
   const int32_t max_model_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<WeightSource> source, open_weights(options, kernels));
   BATON_ASSIGN_OR_RETURN(TransformerWeights weights,

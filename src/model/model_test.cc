@@ -116,6 +116,9 @@ TEST_F(ModelLoad, OptionsAreChecked) {
   copy("llama3");
   EXPECT_THAT(load("pickle").status().message(), HasSubstr("load format \"pickle\" is not known; there are auto, dummy"));
   EXPECT_THAT(load("auto", 0, 131073).status().message(), HasSubstr("max_model_len is 131073"));
+  replace_in_config("\"hidden_size\": 64", "\"hidden_size\": 64, \"head_dim\": 12");
+  EXPECT_THAT(message(), HasSubstr("head_dim 12"));
+  copy("llama3");
   EXPECT_THAT(load("auto", 0, -1).status().message(), HasSubstr("max_model_len is -1"));
   auto model = load("auto", 0, 100);
   ASSERT_TRUE(model.ok());
