@@ -113,9 +113,13 @@ class RouterCore {
  private:
   struct RequestState;
 
-  /// An event and whom it is for: delivered after the books are in order, since a sink may call cancel().
+  /// Whom a request's events are for. Outlives the request, since events are delivered after the books are in order.
+  struct Client {
+    RouterEventSink sink;
+    bool cancelled = false;  ///< nothing more is delivered
+  };
   struct Delivery {
-    std::shared_ptr<RouterEventSink> sink;
+    std::shared_ptr<Client> client;
     RouterEvent event;
   };
 

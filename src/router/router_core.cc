@@ -35,7 +35,7 @@ struct RouterCore::RequestState {
   std::vector<int32_t> prompt;
   std::vector<int32_t> generated;
   protocol::Sampling sampling;
-  std::shared_ptr<RouterEventSink> sink;
+  std::shared_ptr<Client> client;
   int64_t deadline_ns = 0;        // of the whole request
   int64_t queue_deadline_ns = 0;  // of the present wait for a worker
   int32_t attempts = 0;
@@ -103,7 +103,7 @@ Status RouterCore::submit(uint64_t id, RouterRequest body, RouterEventSink sink)
   request->id = id;
   request->prompt = std::move(body.prompt);
   request->sampling = std::move(body.sampling);
-  request->sink = std::make_shared<RouterEventSink>(std::move(sink));
+  request->client = std::make_shared<Client>(Client{std::move(sink)});
   int64_t timeout_ms = body.timeout_ms > 0 ? body.timeout_ms : config_.request_timeout_ms;
   request->deadline_ns = timeout_ms > 0 ? now + timeout_ms * 1'000'000 : Deadline::never().at_ns;
   request->queue_deadline_ns = now + config_.queue_timeout_ms * 1'000'000;
@@ -126,6 +126,7 @@ void RouterCore::cancel(uint64_t id) {
     ignore_status(request.worker->channel->send(frame));
   }
   detach(request);
+  request.client->cancelled = true;
   ++stats_.cancelled;
   requests_.erase(it);
 }
@@ -219,7 +220,7 @@ void RouterCore::end(RequestState& request, Status status, std::vector<protocol:
   event.tokens = std::move(tokens);
   event.finished = true;
   event.status = std::move(status);
-  deliveries_.push_back({request.sink, std::move(event)});
+  deliveries_.push_back({request.client, std::move(event)});
   requests_.erase(request.id);
 }
 
@@ -227,8 +228,7 @@ void RouterCore::deliver() {
   // A sink may cancel other requests; what was already on its way to those is dropped here.
   std::vector<Delivery> deliveries = std::exchange(deliveries_, {});
   for (Delivery& delivery : deliveries) {
-    if (!delivery.event.finished && !requests_.contains(delivery.event.request)) continue;
-    (*delivery.sink)(std::move(delivery.event));
+    if (!delivery.client->cancelled) delivery.client->sink(std::move(delivery.event));
   }
 }
 
@@ -372,7 +372,7 @@ void RouterCore::on_token(WorkerEntry& worker, protocol::TokenOutput&& output) {
   RouterEvent event;
   event.request = request.id;
   event.tokens = std::move(tokens);
-  deliveries_.push_back({request.sink, std::move(event)});
+  deliveries_.push_back({request.client, std::move(event)});
 }
 
 void RouterCore::on_worker_error(RequestState& request, const Status& status) {
@@ -423,7 +423,9 @@ void RouterCore::on_closed(const std::shared_ptr<protocol::Channel>& channel, co
 
 void RouterCore::lose_worker(WorkerEntry& worker, WorkerState state, const Status& why) {
   bool was_ready = worker.state == WorkerState::kReady;
-  if (was_ready || !worker.was_down_logged) {
+  // A worker that has never been here is most likely still starting: /health says so, the log needs not.
+  bool known = worker.hello.epoch() != 0;
+  if (was_ready || (known && !worker.was_down_logged)) {
     log_warning("worker {} is {}: {}; {} requests go to others", worker_label(worker),
                 worker_state_name(state), why.message(), worker.requests.size());
     worker.was_down_logged = true;

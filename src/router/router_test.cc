@@ -45,6 +45,21 @@ class FakeWorker {
     if (finish) output->set_finish(1);
     ASSERT_TRUE(router_->send(frame).ok());
   }
+  /// Tokens `count` in number in one frame, the last of them the end.
+  void send_rest_at_once(uint64_t request, int count) {
+    const protocol::Generate& generate = requests.at(request);
+    Frame frame;
+    for (int i = 0; i < count; ++i) {
+      int index = generate.generated_size() + sent[request]++;
+      auto* output = frame.mutable_step_output()->add_tokens();
+      output->set_request(request);
+      output->set_has_token(true);
+      output->set_token(generate.prompt(0) + index);
+      output->set_index(index);
+      if (i + 1 == count) output->set_finish(1);
+    }
+    ASSERT_TRUE(router_->send(frame).ok());
+  }
   void send_error(uint64_t request, StatusCode code) {
     Frame frame;
     auto* output = frame.mutable_step_output()->add_tokens();
@@ -177,6 +192,16 @@ TEST_F(RouterTest, SendsARequestToTheDecodeWorkerWithItsPrefillCandidates) {
   EXPECT_EQ(outcomes_[7].finished, 1);
   EXPECT_TRUE(outcomes_[7].status.ok());
   EXPECT_EQ(core_->health().requests, 0);
+}
+
+TEST_F(RouterTest, DeliversAllTokensOfAFrameThatAlsoEndsTheRequest) {
+  FakeWorker& decode = add_worker("d", protocol::ROLE_DECODE);
+  start({"d"});
+  submit(1);
+  decode.send_rest_at_once(1, 3);
+  pump();
+  EXPECT_EQ(outcomes_[1].tokens, (std::vector<int32_t>{100, 101, 102}));
+  EXPECT_EQ(outcomes_[1].finished, 1);
 }
 
 TEST_F(RouterTest, ReplaysOnAnotherDecodeWorkerWithoutLosingOrRepeatingATokenWhenOneDies) {

@@ -169,6 +169,10 @@ class Cluster:
         wanted = set(labels.items())
         return sum(v for (n, l), v in self.metrics().items() if n == name and wanted <= set(l))
 
+    def wait_metric(self, name, at_least, timeout_s=10, **labels):
+        """Workers send their metrics once a second: waits for a value that must come."""
+        wait_until(lambda: self.metric(name, **labels) >= at_least, timeout_s, f"{name} {labels} reaches {at_least}")
+
     def workers(self):
         return {worker["name"]: worker for worker in self.get("/health")["workers"]}
 

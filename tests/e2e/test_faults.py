@@ -73,9 +73,9 @@ class Faults(unittest.TestCase):
             # The worker that is started again is used again.
             wait_until(lambda: cluster.pids().get("prefill-0") not in (None, before), 20, "prefill-0 is started again")
             wait_until(lambda: any(p["ready"] for p in cluster.workers()["decode-0"]["pairs"]), 20, "the pair is made again")
-            handoffs = cluster.metric("baton_worker_handoffs_total", outcome="remote")
+            handoffs = cluster.metric("baton_worker_handoffs_total", side="decode", outcome="committed")
             run_stream(cluster, make_request(rng, 4))
-            wait_until(lambda: cluster.metric("baton_worker_handoffs_total", outcome="remote") > handoffs, 10,
+            wait_until(lambda: cluster.metric("baton_worker_handoffs_total", side="decode", outcome="committed") > handoffs, 10,
                        "the new prefill worker is used")
             cluster.wait_idle()
 
