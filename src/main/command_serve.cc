@@ -128,6 +128,19 @@ class Supervisor {
     return static_cast<int>(wait_ms);
   }
 
+  /// The next start of `name` gets this value for `flag`.
+  void set_argument(const std::string& name, const std::string& flag, const std::string& value) {
+    for (Child& child : children_) {
+      if (child.name != name) continue;
+      auto it = std::find(child.arguments.begin(), child.arguments.end(), flag);
+      if (it == child.arguments.end()) {
+        child.arguments.insert(child.arguments.end(), {flag, value});
+      } else if (++it != child.arguments.end()) {
+        *it = value;
+      }
+    }
+  }
+
   void signal_child(const std::string& name, int signal) {
     for (Child& child : children_) {
       if (child.name == name && child.pid > 0) ::kill(child.pid, signal);
@@ -301,7 +314,11 @@ Status run(const ServeCommand& command) {
       if (got > 0) notes.append(buffer, static_cast<size_t>(got));
       for (size_t end; (end = notes.find('\n')) != std::string::npos; notes.erase(0, end + 1)) {
         std::string note = notes.substr(0, end);
-        if (note.starts_with("listening ")) port = std::atoi(note.c_str() + 10);
+        if (note.starts_with("listening ")) {
+          port = std::atoi(note.c_str() + 10);
+          // With --port 0 a router that is started again keeps the port that clients know.
+          supervisor.set_argument("router", "--port", std::to_string(port));
+        }
         if (note.starts_with("ready ") && !ready) {
           ready = true;
           print_ready(command, port, note.substr(6), static_cast<double>(SteadyClock::instance().now_ns() - begin_ns) * 1e-9);

@@ -167,11 +167,24 @@ class Faults(unittest.TestCase):
                     {"prompt": [rng.randrange(300) for _ in range(100)], "max_tokens": 20000, "ignore_eos": True,
                      "stream": True, "return_token_ids": True}))
                 connections.append((connection, connection.getresponse()))
-            cluster.kill("router")
-            for connection, _ in connections:
+            before = cluster.kill("router")
+            for connection, response in connections:
+                with self.assertRaises((http.client.HTTPException, OSError)):
+                    while response.read(4096):
+                        pass
+                    raise http.client.IncompleteRead(b"")  # an end without [DONE] is an end, too
                 connection.close()
-            # `serve` starts it again on a port of its own choice when --port is 0: ask the log.
-            wait_until(lambda: cluster.process.poll() is None and "router" in cluster.pids(), 20, "the router is started again")
+            wait_until(lambda: cluster.pids().get("router") not in (None, before), 20, "the router is started again")
+
+            def ready():
+                try:
+                    return cluster.request("GET", "/ready")[0] == 200
+                except OSError:
+                    return False
+
+            wait_until(ready, 20, "the new router is ready on the same port")
+            cluster.wait_idle()
+            self.assertEqual(len(run_stream(cluster, make_request(rng, 8))), 8)
 
 
 if __name__ == "__main__":
