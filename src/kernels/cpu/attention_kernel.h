@@ -15,8 +15,7 @@
 //   scores(q, q_stride, rows, tile, head_dim, float* s, ahead)          s [rows][64]
 //   store_weights(V a, V b, Word* dst)                                  2 * kWidth weights, in order
 //   weighted_sum(p, rows, tile, padded, corrections, float* o, ahead)   o[r] = o[r] * corrections[r] + p[r] V
-// Keys that don't exist are packed as zeros. The four big ones take a TileAhead and call step() head_dim / 2 times,
-// evenly over their work.
+// Keys that don't exist are packed as zeros.
 
 #include "kernels/cpu/vector_kernels.h"
 
@@ -34,23 +33,23 @@ struct TileRows {
   int count;
 };
 
-/// Walks over the next tile's keys, then its values, two lines per step, while the present tile is computed. Blocks
-/// are scattered, so the hardware can't guess them, and asking for all lines at once would only fill its queues:
-/// the steps are spread evenly, head_dim / 2 over each of the four phases of a tile.
+/// Fetches a later tile's keys, then its values, four lines per step, while the present tile is computed: blocks are
+/// scattered, so the hardware can't guess them. The two packing phases make head_dim / 2 steps each, which is one pass;
+/// during the products of a few rows (decode) the values are asked for again, because a full queue drops prefetches.
+/// Two tiles ahead and in the order of memory was best by measurement (docs/performance.md).
 class TileAhead {
  public:
-  TileAhead(const TileRows& next, int head_dim) : next_(next), row_bytes_(head_dim * 2) {}
+  TileAhead(const TileRows& tile, int head_dim) : tile_(tile), row_bytes_(head_dim * 2) {}
 
   inline __attribute__((always_inline)) void step() {
-    const char* const line = reinterpret_cast<const char*>(next_.k[row_] + offset_) + at_;
-    __builtin_prefetch(line, 0, 2);
-    __builtin_prefetch(line + 64, 0, 2);
-    at_ += 128;
+    const char* const line = reinterpret_cast<const char*>(tile_.k[row_] + offset_) + at_;
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
+    at_ += 256;
     if (at_ < row_bytes_) return;
     at_ = 0;
     if (++row_ == kTileKeys) {
       row_ = 0;
-      offset_ = next_.v_offset;
+      offset_ = tile_.v_offset;
     }
   }
 
@@ -62,7 +61,7 @@ class TileAhead {
   }
 
  private:
-  const TileRows& next_;
+  const TileRows& tile_;
   int64_t offset_ = 0;  // elements: 0 in the keys, then v_offset
   int row_bytes_;
   int at_ = 0;
@@ -217,7 +216,7 @@ void attention_task(const AttentionTask& t) {
     w.total_sum[r] = 0;
   }
   for (int64_t i = 0; i < int64_t{rows} * padded; ++i) w.total[i] = 0;
-  TileRows tiles[2];
+  TileRows tiles[3];  // this one, the next, the one that is being fetched
 
   for (int64_t segment = t.segment_begin; segment < t.segment_end; ++segment) {
     const int64_t begin = max64(segment * kSegmentKeys, key_begin / kTileKeys * kTileKeys);
@@ -228,17 +227,20 @@ void attention_task(const AttentionTask& t) {
     }
     for (int64_t i = 0; i < int64_t{rows} * padded; ++i) w.o[i] = 0;
 
-    if (begin < end) gather_rows(t, begin, key_end, &tiles[0]);
-    int current = 0;
+    if (begin < end) {
+      gather_rows(t, begin, key_end, &tiles[0]);
+      gather_rows(t, min64(begin + kTileKeys, key_end - 1), key_end, &tiles[1]);
+    }
+    int turn = 0;
     for (int64_t tile = begin; tile < end; tile += kTileKeys) {
-      const TileRows& now = tiles[current];
-      TileRows& next = tiles[1 - current];
-      if (tile + kTileKeys < key_end) {
-        gather_rows(t, tile + kTileKeys, key_end, &next);
+      const TileRows& now = tiles[turn];
+      TileRows& later = tiles[(turn + 2) % 3];
+      if (tile + 2 * kTileKeys < key_end) {
+        gather_rows(t, tile + 2 * kTileKeys, key_end, &later);
       } else {
-        next = now;
+        later = now;
       }
-      current = 1 - current;
+      turn = (turn + 1) % 3;
       // Rows are ordered by token, so those that see nothing of this tile are a prefix (causality) and a suffix
       // (window).
       const int64_t first_token = max64(0, tile - first_pos);
@@ -248,7 +250,7 @@ void attention_task(const AttentionTask& t) {
       const int r1 = static_cast<int>(last_token) * group;
       if (r0 >= r1) continue;
 
-      TileAhead ahead(next, d);
+      TileAhead ahead(later, d);
       Isa::pack_keys(now, d, w.k, ahead);
       Isa::pack_values(now, d, padded, w.v, ahead);
       Isa::scores(w.q + int64_t{r0} * words, words, r1 - r0, w.k, d, w.s + int64_t{r0} * kTileKeys,

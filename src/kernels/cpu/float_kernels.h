@@ -127,7 +127,7 @@ inline void matrix_product_f32(const float* a, int64_t a_stride, int64_t rows, c
   }
 }
 
-/// The Isa of attention_kernel.h over float32 tiles. It is bound by arithmetic, so all prefetches are made in one place.
+/// The Isa of attention_kernel.h over float32 tiles.
 template <typename Vector>
 struct FloatAttention {
   using V = Vector;
@@ -139,12 +139,13 @@ struct FloatAttention {
   }
   static void pack_keys(const TileRows& now, int head_dim, float* tile, TileAhead& ahead) {
     for (int key = 0; key < kTileKeys; ++key) {
-      for (int i = 0; i < head_dim; i += 32) ahead.step();
+      for (int i = 0; i < head_dim; i += 64) ahead.step();
       for (int i = 0; i < head_dim; ++i) tile[i * kTileKeys + key] = key < now.count ? widen(now.k[key][i]) : 0.0f;
     }
   }
-  static void pack_values(const TileRows& now, int head_dim, int padded, float* tile, TileAhead&) {
+  static void pack_values(const TileRows& now, int head_dim, int padded, float* tile, TileAhead& ahead) {
     for (int key = 0; key < kTileKeys; ++key) {
+      for (int i = 0; i < head_dim; i += 64) ahead.step();
       float* const line = tile + int64_t{key} * padded;
       const int count = key < now.count ? head_dim : 0;
       for (int i = 0; i < count; ++i) line[i] = widen(now.k[key][now.v_offset + i]);

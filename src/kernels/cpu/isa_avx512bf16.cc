@@ -206,9 +206,8 @@ inline void pair_product(const PairProduct& t, int64_t row, TileAhead& prefetch)
                                                      _mm512_set1_ps(t.scale[row + r]));
     }
   }
-  TileAhead ahead = prefetch;  // in registers while the loop runs
+  TileAhead ahead = prefetch;  // a copy, so that it lives in registers
   for (int64_t kk = 0; kk < t.depth; ++kk) {
-    // Tasks with more rows have time enough in the other phases.
     if constexpr (kRows <= 4) ahead.step();
     __m512i lanes[kVectors];
 #pragma GCC unroll 4
