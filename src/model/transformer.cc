@@ -78,8 +78,11 @@ Status Transformer::check(const ForwardBatch& batch, const float* logits) const 
 }
 
 Status Transformer::reserve(int64_t rows) {
-  const auto n = static_cast<size_t>(rows);
-  const auto mlp_rows = static_cast<size_t>(std::min(rows, kMlpRows));
+  // In steps, so that a batch that grows by a row per iteration does not allocate anew each time.
+  constexpr int64_t kStep = 64;
+  const int64_t capacity = (rows + kStep - 1) / kStep * kStep;
+  const auto n = static_cast<size_t>(capacity);
+  const auto mlp_rows = static_cast<size_t>(std::min(capacity, kMlpRows));
   const auto hidden = static_cast<size_t>(config_.hidden_size);
   const auto inter = static_cast<size_t>(config_.intermediate_size);
   const auto q = static_cast<size_t>(config_.heads) * static_cast<size_t>(config_.head_dim);
