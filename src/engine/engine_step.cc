@@ -12,10 +12,13 @@ namespace baton {
 
 StepOutput EngineImpl::step() {
   BATON_CHECK(!in_step_) << "the layer callback must not call the engine";
-  in_step_ = true;
   StepOutput out;
-  out.tokens = std::move(pending_);
-  pending_.clear();
+  if (!pending_.empty()) {  // first tokens of handoffs don't wait for a computation
+    out.tokens = std::move(pending_);
+    pending_.clear();
+    return out;
+  }
+  in_step_ = true;
   expire(&out);
   if (!running_.empty() || !waiting_.empty()) {
     plan_step();
