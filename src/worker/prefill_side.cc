@@ -110,6 +110,8 @@ Status PrefillSide::on_prefill(const std::shared_ptr<protocol::Channel>& channel
   handoff.first_block = prefill.first_block();
   handoff.tag = transfer::Tag{prefill.tag()};
   handoff.received_ms = now_ms;
+  handoff.delivery = std::make_shared<Delivery>();
+  handoff.delivery->channel = channel;
   if (prefill.timeout_ms() > 0) handoff.deadline = Deadline::after_ms(context_.clock, prefill.timeout_ms());
   handoff.lease_ms = prefill.lease_ms();
   handoff.next_progress_ms = now_ms + handoff.lease_ms / kProgressPerLease;
@@ -168,18 +170,39 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
   write.tag = handoff.tag;
   write.deadline = handoff.deadline;
   uint32_t index = static_cast<uint32_t>(handoff.writes.size());
+  {
+    std::lock_guard lock(handoff.delivery->mutex);
+    ++handoff.delivery->pending;
+  }
   auto written = handoff.peer->link->write(
-      std::move(write), [mailbox = context_.mailbox, id = handoff.id, index](const Status& status) {
+      std::move(write), [mailbox = context_.mailbox, delivery = handoff.delivery, clock = &context_.clock,
+                         id = handoff.id, index](const Status& status) {
+        {
+          std::lock_guard lock(delivery->mutex);
+          --delivery->pending;
+          if (!status.ok()) delivery->spoiled = true;
+          delivery->try_commit(clock->now_ns());
+        }
         mailbox->post(WriteDone{id, index, status});
       });
   if (!written.ok()) {
     handoff.failure = written.status();  // the engine may not be called from here
+    std::lock_guard lock(handoff.delivery->mutex);
+    --handoff.delivery->pending;
+    handoff.delivery->spoiled = true;
     return;
   }
   ++handoff.pending_writes;
   handoff.messages += (*written)->messages();
   handoff.bytes += (*written)->bytes();
   handoff.writes.push_back(*std::move(written));
+}
+
+void PrefillSide::Delivery::try_commit(int64_t now_ns) {
+  if (pending > 0 || spoiled || sent || !commit.has_commit()) return;
+  sent = true;
+  commit.mutable_commit()->set_exposed_s(static_cast<double>(now_ns - computed_ns) * 1e-9);
+  sent_ok = channel->send(commit).ok();
 }
 
 bool PrefillSide::on_output(const TokenOutput& output) {
@@ -191,9 +214,6 @@ bool PrefillSide::on_output(const TokenOutput& output) {
     begin_abort(handoff, output.status.ok() ? internal_error("prefill ended without a token") : output.status);
     return true;
   }
-  to_proto(output, 0, &handoff.first);
-  handoff.first.set_finish(static_cast<int>(FinishReason::kNone));  // that is for the decode side to decide
-  handoff.computed_ms = context_.now_ms();
   handoff.computed_tokens = handoff.tokens;
   handoff.state = State::kDelivering;
   const int64_t expected = static_cast<int64_t>(handoff.blocks.size()) * context_.engine.layout().layers;
@@ -203,6 +223,7 @@ bool PrefillSide::on_output(const TokenOutput& output) {
   if (!handoff.failure.ok()) {
     begin_abort(handoff, handoff.failure);
   } else {
+    prepare_commit(handoff, output);
     finish_if_quiet(handoff);
   }
   return true;
@@ -233,6 +254,11 @@ void PrefillSide::begin_abort(Handoff& handoff, Status status) {
   if (handoff.state == State::kQueued) context_.admission.remove(handoff.id);
   handoff.state = State::kFlushing;
   handoff.abort_status = std::move(status);
+  {
+    // A Commit that just left does no harm: all was delivered then, and the Abort that follows says nothing new.
+    std::lock_guard lock(handoff.delivery->mutex);
+    handoff.delivery->spoiled = true;
+  }
   for (const auto& write : handoff.writes) {
     if (write != nullptr) write->cancel();
   }
@@ -242,7 +268,7 @@ void PrefillSide::begin_abort(Handoff& handoff, Status status) {
 void PrefillSide::finish_if_quiet(Handoff& handoff) {
   if (handoff.pending_writes > 0) return;
   if (handoff.state == State::kDelivering) {
-    commit(handoff);
+    committed(handoff);
   } else if (handoff.state == State::kFlushing) {
     if (handoff.submitted) context_.engine.cancel(RequestId{handoff.id});
     bool cancelled = handoff.abort_status.code() == StatusCode::kCancelled;
@@ -259,20 +285,31 @@ void PrefillSide::finish_if_quiet(Handoff& handoff) {
   }
 }
 
-void PrefillSide::commit(Handoff& handoff) {
-  const int64_t now_ms = context_.now_ms();
-  protocol::Frame frame;
-  protocol::Commit* commit = frame.mutable_commit();
+void PrefillSide::prepare_commit(Handoff& handoff, const TokenOutput& first) {
+  const int64_t now_ns = context_.clock.now_ns();
+  Delivery& delivery = *handoff.delivery;
+  std::lock_guard lock(delivery.mutex);
+  protocol::Commit* commit = delivery.commit.mutable_commit();
   commit->set_handoff(handoff.handoff);
-  commit->mutable_first()->Swap(&handoff.first);
+  to_proto(first, 0, commit->mutable_first());
+  commit->mutable_first()->set_finish(static_cast<int>(FinishReason::kNone));  // the decode side decides that
   commit->set_messages(handoff.messages);
   commit->set_bytes(handoff.bytes);
   commit->set_queue_s(seconds_between_ms(handoff.received_ms, handoff.started_ms));
-  commit->set_compute_s(seconds_between_ms(handoff.started_ms, handoff.computed_ms));
-  commit->set_exposed_s(seconds_between_ms(handoff.computed_ms, now_ms));
-  Status status = handoff.peer->channel->send(frame);
-  context_.metrics.handoff_done("prefill", status.ok() ? "committed" : "failed", status.ok() ? "ok" : "peer_lost");
-  if (!status.ok()) handoff.peer->channel->close();
+  commit->set_compute_s(seconds_between_ms(handoff.started_ms, now_ns / 1'000'000));
+  delivery.computed_ns = now_ns;
+  delivery.try_commit(now_ns);
+}
+
+void PrefillSide::committed(Handoff& handoff) {
+  bool sent_ok = false;
+  {
+    std::lock_guard lock(handoff.delivery->mutex);
+    BATON_CHECK(handoff.delivery->sent) << "every write has called back before its event was handled";
+    sent_ok = handoff.delivery->sent_ok;
+  }
+  context_.metrics.handoff_done("prefill", sent_ok ? "committed" : "failed", sent_ok ? "ok" : "peer_lost");
+  if (!sent_ok) handoff.peer->channel->close();
   context_.engine.release(RequestId{handoff.id});
   end(handoff);
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -20,6 +21,9 @@ namespace baton::worker {
 /// A handoff leaves only when none of its writes is under way: until then its own blocks must stay (they are being
 /// read) and the receiver's must not be touched by others (they are being written). When a path broke off with
 /// bytes on the way, no Abort is sent but the channel closed: the receiver then shuts this process out.
+///
+/// The Commit leaves from the callback of the last write, on whatever thread that runs: the engine's may be busy with
+/// the next prompt by then. All else happens on the engine's.
 class PrefillSide {
  public:
   explicit PrefillSide(CoreContext& context);
@@ -70,6 +74,21 @@ class PrefillSide {
     bool closed = false;         // the channel is gone; kept until its handoffs are flushed
   };
 
+  /// What the callbacks of a handoff's writes share with it.
+  struct Delivery {
+    std::mutex mutex;
+    std::shared_ptr<protocol::Channel> channel;
+    size_t pending = 0;          // writes that have not called back
+    bool spoiled = false;        // a write failed, or the handoff was aborted
+    bool sent = false;
+    bool sent_ok = false;
+    int64_t computed_ns = 0;
+    protocol::Frame commit;      // empty until everything is computed
+
+    /// With `mutex` held: sends the Commit if it is ready to go.
+    void try_commit(int64_t now_ns);
+  };
+
   struct Handoff {
     uint64_t id = 0;             // of the engine's request, too
     uint64_t handoff = 0;        // D's
@@ -82,17 +101,17 @@ class PrefillSide {
     int32_t first_block = 0;
     transfer::Tag tag{};
     Deadline deadline;
+    std::shared_ptr<Delivery> delivery;
     std::vector<std::shared_ptr<KvWrite>> writes;
-    size_t pending_writes = 0;
+    size_t pending_writes = 0;   // whose WriteDone has not come
     uint64_t messages = 0, bytes = 0;
     int32_t computed_tokens = 0;
     int64_t written = 0;         // blocks times layers
     bool settled = true;
     Status failure;              // set by on_layer_ready; acted upon after the step
     Status abort_status;
-    protocol::TokenOutput first;
     int64_t lease_ms = 0, next_progress_ms = 0;
-    int64_t received_ms = 0, started_ms = 0, computed_ms = 0;
+    int64_t received_ms = 0, started_ms = 0;
   };
 
   void connect_link(Peer& peer);
@@ -101,7 +120,8 @@ class PrefillSide {
   void send_progress(Handoff& handoff);
   void begin_abort(Handoff& handoff, Status status);
   void finish_if_quiet(Handoff& handoff);
-  void commit(Handoff& handoff);
+  void prepare_commit(Handoff& handoff, const TokenOutput& first);
+  void committed(Handoff& handoff);
   void end(Handoff& handoff);
   void count_transfers(Peer& peer);
 
