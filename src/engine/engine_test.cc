@@ -9,12 +9,15 @@
 #include <set>
 #include <tuple>
 
+#include "base/log.h"
 #include "engine/testing/fake_model.h"
 
 namespace baton {
 namespace {
 
 using testing::FakeModel;
+
+const bool kQuiet = (set_log_level(LogLevel::kWarning), true);
 
 constexpr EngineConfig kSmall = {.block_tokens = 4, .kv_blocks = 64, .max_batched_tokens = 32, .max_running = 8};
 
@@ -286,7 +289,11 @@ TEST(Engine, AFailedStepFailsItsRequestsOnly) {
   ASSERT_TRUE(engine->submit(make_request(1, tokens_from(0, 6))).ok());
   ASSERT_TRUE(engine->submit(make_request(2, tokens_from(0, 6))).ok());
   model.fail_next = internal_error("device lost");
+  std::vector<std::string> errors;
+  set_log_sink([&](LogLevel, std::string_view line) { errors.emplace_back(line); });
   const Outputs outputs = run(*engine);
+  set_log_sink(nullptr);
+  EXPECT_EQ(errors, std::vector<std::string>{"engine: a step of 6 tokens failed: INTERNAL: device lost"});
   EXPECT_EQ(outputs.at(1).finish, FinishReason::kError);
   EXPECT_EQ(outputs.at(1).status.message(), "device lost");
   EXPECT_EQ(outputs.at(2).finish, FinishReason::kLength);
@@ -509,9 +516,7 @@ TEST_F(Handoff, AWorkerFullOfReservationsMakesProgress) {
   for (uint64_t id = 1; id <= count; ++id) {
     const auto prompt = tokens_from(static_cast<TokenId>(id - 1), 15);
     expected[id] = expected_greedy(model, prompt, 40);
-    // Recomputation must not need the reservation's bytes: nothing is copied, all is preempted before or
-    // the tokens differ. So put the right ones there by hand.
-    engine->abandon(RequestId{id}, false);
+    engine->abandon(RequestId{id}, false);  // again, this time with the grant
     Result<Engine::Reservation> reservation = engine->reserve(make_request(id, prompt, 40));
     ASSERT_TRUE(reservation.ok()) << reservation.status().to_string();
     prefill_->set_layer_ready([&](const LayerReady& ready) { wire(ready); });
