@@ -239,7 +239,8 @@ void AgentCore::on_posted_done(Link& link, uint64_t cookie, const Status& status
     on_link_failed(link, status);
     if (!transfer->stopped) {
       transfer->stopped = true;
-      transfer->outcome = status;
+      transfer->outcome = status.with_context(
+          fmt::format("write to '{}' over {} ({})", peer.metadata.name, peer.transport, peer.provider));
     }
   }
   bool ended = transfer->inflight == 0 &&
@@ -320,7 +321,8 @@ void AgentCore::fail_peer(PeerCore& peer, const Status& why) {
   if (peer.state != PeerCore::State::kOpen) return;
   peer.state = PeerCore::State::kClosing;
   peer.alive.store(false);
-  Status down = why.with_context(fmt::format("peer '{}' is down", peer.metadata.name));
+  Status down = why.with_context(
+      fmt::format("peer '{}' over {} ({}) is down", peer.metadata.name, peer.transport, peer.provider));
   std::deque<TransferPointer> waiting;
   {
     std::lock_guard lock(peer.queue_mutex);

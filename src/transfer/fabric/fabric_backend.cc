@@ -161,8 +161,8 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
     size_t count = control_->progress();
     // Entries of closed endpoints are all in the queue by now; after this pass their slots are free.
     size_t orphans = orphans_.size();
-    bool empty = drain_queue();
-    if (empty) recycle_orphans(orphans);
+    queue_empty_ = drain_queue();
+    if (queue_empty_) recycle_orphans(orphans);
     count += arrivals_.size() + done_.size();
     for (uint32_t tag : arrivals_) events.on_arrived(tag, 1);
     arrivals_.clear();
@@ -178,6 +178,8 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
     fds.push_back({control_->poll_fd(), POLLIN, 0});
     int64_t longest_ns = control_->wants_time() ? 1'000'000'000 : INT64_MAX;
     if (!objects_) return longest_ns;
+    // What was left in the queue makes no descriptor readable.
+    if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty()) return 0;
     if (objects_->wait_fd >= 0) {
       fid* fids[] = {&objects_->waited_on->fid};
       if (fi_trywait(objects_->fabric.get(), fids, 1) != FI_SUCCESS) return 0;
@@ -252,6 +254,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   std::vector<uint32_t> arrivals_;
   std::vector<Done> done_;
   std::vector<std::pair<FabricLink*, Status>> failed_;
+  bool queue_empty_ = true;
   int64_t last_event_ns_ = 0;
 };
 
@@ -476,8 +479,7 @@ Result<PostResult> FabricLink::post(const BackendMessage& message) {
   }
   backend_.release(operation);
   if (ret == -FI_EAGAIN) return PostResult::kAgain;
-  return unavailable("fi_writemsg({}) to '{}': {}", backend_.provider_name_, peer_name_,
-                     fi_strerror(static_cast<int>(-ret)));
+  return unavailable("fi_writemsg: {}", fi_strerror(static_cast<int>(-ret)));
 }
 
 void FabricBackend::complete(Operation* operation, const Status& status) {
@@ -492,8 +494,8 @@ void FabricBackend::complete(Operation* operation, const Status& status) {
 
 bool FabricBackend::drain_queue() {
   if (!objects_) return true;
-  // A bound, so that one busy fabric does not keep the thread from everything else.
-  for (int round = 0; round < 16; ++round) {
+  // A bound, so that one busy fabric does not keep the thread from everything else. (Errors come singly.)
+  for (int round = 0; round < 64; ++round) {
     fi_cq_data_entry entries[64];
     ssize_t n = fi_cq_read(objects_->queue.get(), entries, 64);
     if (n == -FI_EAGAIN) return true;
@@ -531,11 +533,8 @@ void FabricBackend::read_error() {
   auto* operation = static_cast<Operation*>(error.op_context);
   char text[256] = "";
   const char* detail = fi_cq_strerror(objects_->queue.get(), error.prov_errno, error.err_data, text, sizeof(text));
-  Status status =
-      unavailable("write to '{}' over {}: {} ({}, provider error {})",
-                  operation->link != nullptr ? operation->link->peer_name_ : "a closed peer", provider_name_,
-                  fi_strerror(error.err), detail != nullptr ? detail : "", error.prov_errno);
-  complete(operation, status);
+  complete(operation, unavailable("fi_writemsg: {} ({}, provider error {})", fi_strerror(error.err),
+                                  detail != nullptr ? detail : "", error.prov_errno));
 }
 
 void FabricBackend::recycle_orphans(size_t count) {
@@ -548,6 +547,11 @@ void FabricBackend::recycle_orphans(size_t count) {
 }
 
 }  // namespace
+
+#if defined(__SANITIZE_ADDRESS__)
+/// libfabric 1.17's tcp forgets one fi_info (0.6 KiB) per endpoint that is closed.
+extern "C" __attribute__((weak)) const char* __lsan_default_suppressions() { return "leak:libfabric.so"; }
+#endif
 
 Result<std::unique_ptr<Backend>> create_fabric_backend(std::shared_ptr<BackendContext> context,
                                                        const std::string& transport, bool open_now) {

@@ -134,6 +134,7 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   }
 
   int64_t prepare_wait(std::vector<pollfd>& fds) override {
+    if (!arrivals_.empty() || !failed_.empty()) return 0;
     for (const auto& [id, link] : links_) {
       if (!link->told_.empty()) return 0;
     }
