@@ -222,6 +222,7 @@ bool DecodeSide::try_start_remote(ClientRequest& request, PrefillPeer& peer, boo
   request.peer = peer.epoch;
   request.peer_name = peer.name;
   request.sent_ms = now_ms;
+  request.granted_bytes = static_cast<uint64_t>(prefill->blocks_size()) * static_cast<uint64_t>(layout.block_bytes());
   request.lease_end_ms = now_ms + context_.config.lease_ms;
   request.path = "remote:" + peer.name;
   request.remote = true;
@@ -294,6 +295,11 @@ void DecodeSide::on_inbox_complete(uint64_t handoff) {
 }
 
 void DecodeSide::admit(ClientRequest& request) {
+  if (request.commit.bytes() < request.granted_bytes) {
+    retry(request, true, "bad_commit",
+          data_loss("{} wrote {} bytes of {}", request.peer_name, request.commit.bytes(), request.granted_bytes));
+    return;
+  }
   TokenOutput first = from_proto(request.commit.first());
   first.request = RequestId{request.attempt};
   first.index = static_cast<int32_t>(request.request.generated.size());

@@ -97,6 +97,7 @@ class DecodeSide {
     transfer::Tag tag{};
     int64_t sent_ms = 0;
     int64_t lease_end_ms = 0;
+    uint64_t granted_bytes = 0;    // what the peer must have written
     protocol::Commit commit;
     std::string path;              // until it was told
     bool remote = false;

@@ -152,7 +152,11 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
   Handoff& handoff = it->second;
   const BlockLayout& layout = context_.engine.layout();
   if (handoff.state != State::kComputing || !handoff.failure.ok()) return;
-  if (context_.now_ms() >= handoff.next_progress_ms) send_progress(handoff);
+  // Inside a step is the only place from where a busy worker can show that it lives, for the waiting ones, too.
+  const int64_t now_ms = context_.now_ms();
+  for (auto& [id, any] : handoffs_) {
+    if (now_ms >= any.next_progress_ms && any.state != State::kFlushing) send_progress(any);
+  }
   if (ready.layer == layout.layers - 1) {
     handoff.computed_tokens = std::min(handoff.tokens, ready.last_block * layout.block_tokens);
   }
