@@ -3,6 +3,7 @@
 
 #include "base/log.h"
 #include "main/cli.h"
+#include "main/help.h"
 
 namespace {
 
@@ -26,7 +27,8 @@ int main(int argc, char** argv) {
   line.app.require_subcommand(1);
   line.app.set_config("--config", "", "TOML file with options, a [section] per command");
   line.app.fallthrough();
-  line.app.get_formatter()->column_width(34);
+  line.app.formatter(std::make_shared<baton::cli::HelpFormatter>());
+  line.app.get_formatter()->column_width(36);
   std::string log_level = "info";
   line.app.add_option("--log-level", log_level, "debug, info, warning or error")
       ->capture_default_str()
@@ -38,7 +40,10 @@ int main(int argc, char** argv) {
   baton::cli::add_bench(line);
   baton::cli::add_version(line);
   name_environment_variables(line.app);
-  line.app.footer("Options can also be set as BATON_<OPTION> in the environment. `baton COMMAND --help` lists them.");
+  const char* footer = "Every option can be set as BATON_<OPTION> in the environment (--max-model-len: BATON_MAX_MODEL_LEN), or in a TOML file "
+                       "(baton --config FILE COMMAND).";
+  line.app.footer(std::string("`baton COMMAND --help` lists a command's options.\n") + footer);
+  for (CLI::App* command : line.app.get_subcommands({})) command->footer(footer);
   try {
     line.app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
