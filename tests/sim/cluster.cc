@@ -18,6 +18,27 @@ transfer::SimOptions fabric_options(const ClusterOptions& options) {
 }
 }  // namespace
 
+void SlowFence::fence(Epoch peer, std::function<void(const Status&)> on_done) {
+  int64_t delay_ns = random_.chance(0.5) ? 0 : static_cast<int64_t>(random_.below(100'000'000));
+  jobs_.push_back({clock_.now_ns() + delay_ns, peer, std::move(on_done)});
+}
+
+void SlowFence::poll() {
+  for (size_t i = 0; i < jobs_.size();) {
+    if (clock_.now_ns() < jobs_[i].due_ns) {
+      ++i;
+      continue;
+    }
+    Job job = std::move(jobs_[i]);
+    jobs_.erase(jobs_.begin() + static_cast<ptrdiff_t>(i));
+    if (random_.chance(0.2)) {
+      job.on_done(unavailable("out of reach, says the simulation"));
+    } else {
+      inner_.fence(job.peer, std::move(job.on_done));
+    }
+  }
+}
+
 Cluster::Cluster(ClusterOptions cluster_options)
     : random(mix_bits(cluster_options.seed, 1)),
       network(clock, mix_bits(cluster_options.seed, 3),
@@ -54,7 +75,8 @@ SimWorker& Cluster::start(const std::string& name, protocol::Role role) {
   auto region = worker.agent->register_memory(worker.engine->kv_pool(), transfer::MemoryKind::kHost).value();
   const uint64_t block_bytes = static_cast<uint64_t>(worker.engine->layout().block_bytes());
   auto pool = worker.agent->add_pool({region, block_bytes, static_cast<uint64_t>(options.kv_blocks)}).value();
-  worker.transfer = std::make_unique<worker::AgentTransfer>(*worker.agent, pool, /*background=*/false);
+  worker.agent_transfer = std::make_unique<worker::AgentTransfer>(*worker.agent, pool, /*background=*/false);
+  worker.transfer = std::make_unique<SlowFence>(*worker.agent_transfer, clock, random());
   worker.mailbox = std::make_shared<worker::Mailbox>(64u << 20);
   worker::CoreConfig core;
   core.name = name;
@@ -86,6 +108,7 @@ void Cluster::kill(const std::string& name) {
   worker.listener.reset();
   worker.core.reset();
   worker.transfer.reset();
+  worker.agent_transfer.reset();
   worker.agent.reset();
   graves_.push_back(std::move(it->second));
   workers_.erase(it);
@@ -118,6 +141,7 @@ void Cluster::turn() {
     if (worker->frozen) continue;
     while (worker->agent->progress() > 0) {
     }
+    worker->transfer->poll();
     if (clock.now_ns() < worker->busy_until_ns) continue;
     worker->core->run_once(worker->mailbox->take(0));
     int64_t steps = worker->engine->stats().steps;

@@ -33,6 +33,41 @@ struct ClusterOptions {
   bool reorder = true;
 };
 
+/// The agent's transfer, with a fence that takes its time and sometimes can't reach the peer: until it is through, late
+/// writes land.
+class SlowFence final : public worker::KvTransfer {
+ public:
+  SlowFence(worker::AgentTransfer& inner, const Clock& clock, uint64_t seed)
+      : inner_(inner), clock_(clock), random_(seed) {}
+  Epoch epoch() const override { return inner_.epoch(); }
+  std::string metadata() const override { return inner_.metadata(); }
+  uint32_t pool() const override { return inner_.pool(); }
+  std::string describe() const override { return inner_.describe(); }
+  Result<std::unique_ptr<worker::KvLink>> connect(Epoch peer, const std::string& metadata,
+                                                  uint32_t remote_pool) override {
+    return inner_.connect(peer, metadata, remote_pool);
+  }
+  Result<transfer::Tag> open_inbox() override { return inner_.open_inbox(); }
+  Status expect(transfer::Tag tag, uint64_t messages, std::function<void()> on_complete) override {
+    return inner_.expect(tag, messages, std::move(on_complete));
+  }
+  void close_inbox(transfer::Tag tag) override { inner_.close_inbox(tag); }
+  void fence(Epoch peer, std::function<void(const Status&)> on_done) override;
+  /// Does what is due.
+  void poll();
+
+ private:
+  struct Job {
+    int64_t due_ns = 0;
+    Epoch peer{};
+    std::function<void(const Status&)> on_done;
+  };
+  worker::AgentTransfer& inner_;
+  const Clock& clock_;
+  Random random_;
+  std::vector<Job> jobs_;
+};
+
 /// One life of a worker process.
 struct SimWorker {
   std::string name;
@@ -40,7 +75,8 @@ struct SimWorker {
   testing::FakeModel model;
   std::unique_ptr<Engine> engine;
   std::unique_ptr<transfer::Agent> agent;
-  std::unique_ptr<worker::AgentTransfer> transfer;
+  std::unique_ptr<worker::AgentTransfer> agent_transfer;
+  std::unique_ptr<SlowFence> transfer;
   std::shared_ptr<worker::Mailbox> mailbox;
   worker::WorkerMetrics metrics;
   std::unique_ptr<worker::WorkerCore> core;
