@@ -1,7 +1,7 @@
 // The CPU kernels beside the limits of the machine, measured in the same run: read bandwidth for what streams weights
 // or KV, the peak of the dot-product instruction for what computes.
 //
-//   kernels_bench [--isa auto|avx512bf16|avx2|plain] [--threads N] [--only linear|attention|model]
+//   kernels_bench [--isa auto|avx512bf16|avx2|plain] [--threads N] [--only linear|attention|model|onednn]
 //
 // Shapes are those of Qwen3-0.6B. Every figure is the median of several passes; weights are rotated through enough
 // copies that they come from memory, as they do in a model.
@@ -231,10 +231,17 @@ class ModelStep {
     return static_cast<int64_t>(bytes);
   }
 
+  /// How fast these very weights can be read.
+  double read_gbps() {
+    std::vector<std::span<const std::byte>> regions = {head_->memory()};
+    for (const auto& matrix : layers_) regions.push_back(matrix->memory());
+    return measure_read_gbps(kernels_.threads(), regions, 1);
+  }
+
   /// `logit_rows`: rows that go through the head.
   void run(const KvPool& pool, const std::vector<SequenceSlice>& slices, int rows, int logit_rows) {
     const size_t n = static_cast<size_t>(rows);
-    x_.assign(n * kHidden, 0.5f);
+    x_.resize(n * kHidden, 0.5f);
     wide_.resize(std::max(n * 2 * kInter, static_cast<size_t>(logit_rows) * kVocab));
     normed_.resize(n * kHidden);
     q_.resize(n * kHeads * kHeadDim);
@@ -286,10 +293,10 @@ void bench_model(Kernels& kernels, const std::vector<bf16>& pool) {
     for (int i = 0; i < sequences; ++i) slices.push_back({i, 1, context - 1, kv.tables[static_cast<size_t>(i)].data()});
     const double bytes = static_cast<double>(step.weight_bytes()) +
                          4.0 * kLayers * kKvHeads * kHeadDim * context * sequences;
-    // The limit right before and after each measurement: neighbours come and go.
+    // The limit right before each measurement: neighbours come and go.
     std::vector<double> times, ratios, limits;
     for (int pass = 0; pass < 9; ++pass) {
-      const double limit = measure_read_gbps(kernels.threads(), size_t{512} << 20, 2).value();
+      const double limit = step.read_gbps();
       const double time = seconds([&] { step.run(kv, slices, sequences, sequences); });
       limits.push_back(limit);
       times.push_back(time);
@@ -308,7 +315,7 @@ int run(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string_view flag = argv[i];
     if (i + 1 >= argc || (flag != "--isa" && flag != "--threads" && flag != "--only")) {
-      fmt::print(stderr, "usage: {} [--isa NAME] [--threads N] [--only linear|attention|model]\n", argv[0]);
+      fmt::print(stderr, "usage: {} [--isa NAME] [--threads N] [--only linear|attention|model|onednn]\n", argv[0]);
       return 2;
     }
     const char* const value = argv[++i];
@@ -335,7 +342,7 @@ int run(int argc, char** argv) {
   if (only.empty() || only == "attention") bench_attention(kernels, limits);
   if (only.empty() || only == "model") bench_model(kernels, pool);
 #if defined(BATON_BENCH_ONEDNN)
-  if (only.empty() || only == "onednn") bench_onednn(kernels.threads().threads());
+  if (only.empty() || only == "onednn") bench_onednn();
 #endif
   return 0;
 }

@@ -31,6 +31,8 @@ class PackedMatrix {
   virtual int64_t out_features() const = 0;
   virtual int64_t in_features() const = 0;
   virtual size_t bytes() const = 0;
+  /// The packed bytes in device memory: for measuring how fast they can be read at all, not for interpreting.
+  virtual std::span<const std::byte> memory() const = 0;
 };
 
 /// Where the KV cache of one layer lies. Block b starts at pool + b * block_stride_bytes; inside it

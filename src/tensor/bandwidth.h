@@ -1,15 +1,19 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 #include "base/status.h"
 #include "tensor/thread_pool.h"
 
 namespace baton {
 
-/// What decoding is measured against: GB/s (1e9 bytes) at which all threads of the pool together stream `bytes` of
-/// memory (huge pages, each thread one contiguous share, nothing but loads and an or). Best of `repeats` passes.
-/// Choose `bytes` several times the last-level cache. Errors: resource_exhausted.
+/// What decoding is measured against: GB/s (1e9 bytes) at which all threads of the pool together stream memory, each
+/// its contiguous share, with nothing but loads. Best of `repeats` passes.
+///
+/// Of `bytes` of fresh memory in huge pages; choose several times the last-level cache. Errors: resource_exhausted.
 Result<double> measure_read_gbps(ThreadPool& threads, size_t bytes, int repeats);
+/// Of memory that is there, the weights of a model for example: where it lies (NUMA node) can halve the figure.
+double measure_read_gbps(ThreadPool& threads, std::span<const std::span<const std::byte>> regions, int repeats);
 
 }  // namespace baton

@@ -19,6 +19,7 @@ class CpuPackedMatrix final : public PackedMatrix {
   int64_t out_features() const override { return out_features_; }
   int64_t in_features() const override { return k_pairs_ * 2; }
   size_t bytes() const override { return buffer_.bytes(); }
+  std::span<const std::byte> memory() const override { return buffer_.span(); }
 
   int64_t k_pairs() const { return k_pairs_; }
   int64_t panels() const { return (out_features_ + kPanelLanes - 1) / kPanelLanes; }
