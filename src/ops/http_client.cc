@@ -5,6 +5,7 @@
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/beast/http.hpp>
 #include <chrono>
+#include <limits>
 
 namespace baton::ops {
 
@@ -73,7 +74,7 @@ asio::awaitable<HttpClient::Reply> HttpClient::request(HttpClient& client, std::
   }
   beast::flat_buffer buffer;
   beast::http::response_parser<beast::http::buffer_body> parser;
-  parser.body_limit(boost::none);
+  parser.body_limit(std::numeric_limits<std::uint64_t>::max());
   co_await beast::http::async_read_header(client.stream_, buffer, parser, token());
   if (error) {
     failed("no answer from");
