@@ -84,7 +84,8 @@ std::vector<bf16> random_bf16(size_t count, uint64_t seed, double scale) {
   return values;
 }
 
-std::unique_ptr<PackedMatrix> random_matrix(Kernels& kernels, int64_t out, int64_t in, const std::vector<bf16>& pool) {
+std::unique_ptr<PackedMatrix> random_matrix(Kernels& kernels, int64_t out, int64_t in,
+                                            const std::vector<bf16>& pool) {
   // Weights are cut from one pool of random numbers: only their number matters here.
   std::vector<bf16> data(static_cast<size_t>(out * in));
   for (size_t at = 0; at < data.size(); at += pool.size()) {
@@ -108,8 +109,8 @@ constexpr Shape kShapes[] = {{"qkv", kQkv, kHidden},
 
 void bench_linear(Kernels& kernels, const Limits& limits, const std::vector<bf16>& pool) {
   fmt::print("\nlinear: y[rows, out] = x[rows, in] W^T\n");
-  fmt::print("{:<8} {:>7} {:>6} {:>5} {:>10} {:>8} {:>6} {:>9} {:>6}\n", "", "out", "in", "rows", "ms", "GB/s", "of max",
-             "GFLOP/s", "of max");
+  fmt::print("{:<8} {:>7} {:>6} {:>5} {:>10} {:>8} {:>6} {:>9} {:>6}\n", "", "out", "in", "rows", "ms", "GB/s",
+             "of max", "GFLOP/s", "of max");
   for (const Shape& shape : kShapes) {
     const int64_t bytes = shape.out * shape.in * 2;
     const size_t copies = static_cast<size_t>(std::max<int64_t>(1, (int64_t{256} << 20) / bytes));
@@ -120,11 +121,13 @@ void bench_linear(Kernels& kernels, const Limits& limits, const std::vector<bf16
       const std::vector<bf16> x = random_bf16(static_cast<size_t>(rows * shape.in), 1, 1);
       std::vector<float> y(static_cast<size_t>(rows * shape.out));
       const size_t used = rows >= 64 ? std::min<size_t>(copies, 6) : copies;
-      const double time = median_seconds(7, [&] {
-                            for (size_t i = 0; i < used; ++i) {
-                              kernels.linear(x.data(), rows, *weights[i], nullptr, false, y.data());
-                            }
-                          }) / static_cast<double>(used);
+      const double time = median_seconds(7,
+                                         [&] {
+                                           for (size_t i = 0; i < used; ++i) {
+                                             kernels.linear(x.data(), rows, *weights[i], nullptr, false, y.data());
+                                           }
+                                         }) /
+                          static_cast<double>(used);
       const double gbps = static_cast<double>(bytes) / time / 1e9;
       const double gflops = 2.0 * static_cast<double>(rows * shape.out * shape.in) / time / 1e9;
       fmt::print("{:<8} {:>7} {:>6} {:>5} {:>10.3f} {:>8.1f} {:>6.2f} {:>9.1f} {:>6.2f}\n", shape.name, shape.out,
@@ -170,8 +173,13 @@ struct KvPool {
 
 void attend(Kernels& kernels, const KvPool& pool, int layer, const std::vector<SequenceSlice>& slices, const bf16* q,
             bf16* out) {
-  kernels.attention({.q = q, .out = out, .heads = kHeads, .scale = 1.0f / std::sqrt(float{kHeadDim}),
-                     .sliding_window = 0, .sequences = slices, .kv = pool.layer(layer)});
+  kernels.attention({.q = q,
+                     .out = out,
+                     .heads = kHeads,
+                     .scale = 1.0f / std::sqrt(float{kHeadDim}),
+                     .sliding_window = 0,
+                     .sequences = slices,
+                     .kv = pool.layer(layer)});
 }
 
 void bench_attention(Kernels& kernels, const Limits& limits) {
@@ -201,11 +209,13 @@ void bench_attention(Kernels& kernels, const Limits& limits) {
       slices.push_back({i, 1, context - 1, pool.tables[static_cast<size_t>(i)].data()});
     }
     // All layers in turn, so that the cache comes from memory.
-    const double time = median_seconds(7, [&] {
-                          for (int layer = 0; layer < kLayers; ++layer) {
-                            attend(kernels, pool, layer, slices, q.data(), out.data());
-                          }
-                        }) / kLayers;
+    const double time = median_seconds(7,
+                                       [&] {
+                                         for (int layer = 0; layer < kLayers; ++layer) {
+                                           attend(kernels, pool, layer, slices, q.data(), out.data());
+                                         }
+                                       }) /
+                        kLayers;
     report(fmt::format("decode {} x context {}", sequences, context), time,
            4.0 * kKvHeads * kHeadDim * context * sequences, 4.0 * kHeads * kHeadDim * context * sequences);
   }
@@ -248,13 +258,22 @@ class ModelStep {
     attended_.resize(q_.size());
     gated_.resize(n * kInter);
     for (int layer = 0; layer < kLayers; ++layer) {
-      const auto weight = [&](int which) -> const PackedMatrix& { return *layers_[static_cast<size_t>(layer * 4 + which)]; };
+      const auto weight = [&](int which) -> const PackedMatrix& {
+        return *layers_[static_cast<size_t>(layer * 4 + which)];
+      };
       kernels_.rms_norm(x_.data(), rows, kHidden, norm_.data(), 1e-6f, normed_.data());
       kernels_.linear(normed_.data(), rows, weight(0), nullptr, false, wide_.data());
-      kernels_.qkv_rope_kv_write({.qkv = wide_.data(), .rows = rows, .heads = kHeads, .bias = nullptr,
-                                  .q_norm = norm_.data(), .k_norm = norm_.data(), .norm_eps = 1e-6f,
-                                  .rope = {cos_.data(), sin_.data(), kMaxPositions}, .sequences = slices,
-                                  .kv = pool.layer(layer)}, q_.data());
+      kernels_.qkv_rope_kv_write({.qkv = wide_.data(),
+                                  .rows = rows,
+                                  .heads = kHeads,
+                                  .bias = nullptr,
+                                  .q_norm = norm_.data(),
+                                  .k_norm = norm_.data(),
+                                  .norm_eps = 1e-6f,
+                                  .rope = {cos_.data(), sin_.data(), kMaxPositions},
+                                  .sequences = slices,
+                                  .kv = pool.layer(layer)},
+                                 q_.data());
       attend(kernels_, pool, layer, slices, q_.data(), attended_.data());
       kernels_.linear(attended_.data(), rows, weight(1), nullptr, true, x_.data());
       kernels_.rms_norm(x_.data(), rows, kHidden, norm_.data(), 1e-6f, normed_.data());
@@ -276,13 +295,15 @@ class ModelStep {
 
 void bench_model(Kernels& kernels, const std::vector<bf16>& pool) {
   ModelStep step(kernels, pool);
-  fmt::print("\nkernels of a whole step, Qwen3-0.6B ({:.0f} MB of weights)\n", static_cast<double>(step.weight_bytes()) / 1e6);
+  fmt::print("\nkernels of a whole step, Qwen3-0.6B ({:.0f} MB of weights)\n",
+             static_cast<double>(step.weight_bytes()) / 1e6);
   fmt::print("{:<28} {:>10} {:>8} {:>8} {:>8} {:>6}\n", "", "ms", "tok/s", "GB/s", "read max", "ratio");
   for (const int tokens : {512, 2048}) {
     const KvPool kv(tokens, 1);
     const double time = median_seconds(5, [&] {
       for (int begin = 0; begin < tokens; begin += 512) {
-        step.run(kv, {{0, std::min(512, tokens - begin), begin, kv.tables[0].data()}}, std::min(512, tokens - begin), 1);
+        step.run(kv, {{0, std::min(512, tokens - begin), begin, kv.tables[0].data()}}, std::min(512, tokens - begin),
+                 1);
       }
     });
     fmt::print("{:<28} {:>10.1f} {:>8.1f}\n", fmt::format("prefill {} tokens", tokens), time * 1e3, tokens / time);
@@ -290,9 +311,10 @@ void bench_model(Kernels& kernels, const std::vector<bf16>& pool) {
   for (const auto& [context, sequences] : {std::pair{128, 1}, {2048, 1}, {512, 4}, {512, 16}}) {
     const KvPool kv(context, sequences);
     std::vector<SequenceSlice> slices;
-    for (int i = 0; i < sequences; ++i) slices.push_back({i, 1, context - 1, kv.tables[static_cast<size_t>(i)].data()});
-    const double bytes = static_cast<double>(step.weight_bytes()) +
-                         4.0 * kLayers * kKvHeads * kHeadDim * context * sequences;
+    for (int i = 0; i < sequences; ++i)
+      slices.push_back({i, 1, context - 1, kv.tables[static_cast<size_t>(i)].data()});
+    const double bytes =
+        static_cast<double>(step.weight_bytes()) + 4.0 * kLayers * kKvHeads * kHeadDim * context * sequences;
     // The limit right before each measurement: neighbours come and go.
     std::vector<double> times, ratios, limits;
     for (int pass = 0; pass < 9; ++pass) {
@@ -304,8 +326,9 @@ void bench_model(Kernels& kernels, const std::vector<bf16>& pool) {
     }
     for (auto* values : {&times, &ratios, &limits}) std::sort(values->begin(), values->end());
     const double time = times[times.size() / 2];
-    fmt::print("{:<28} {:>10.2f} {:>8.1f} {:>8.1f} {:>8.1f} {:>6.2f}\n", fmt::format("decode {} x context {}", sequences, context),
-               time * 1e3, sequences / time, bytes / time / 1e9, limits[limits.size() / 2], ratios[ratios.size() / 2]);
+    fmt::print("{:<28} {:>10.2f} {:>8.1f} {:>8.1f} {:>8.1f} {:>6.2f}\n",
+               fmt::format("decode {} x context {}", sequences, context), time * 1e3, sequences / time,
+               bytes / time / 1e9, limits[limits.size() / 2], ratios[ratios.size() / 2]);
   }
 }
 

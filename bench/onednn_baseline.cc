@@ -20,7 +20,8 @@ using dnnl::memory;
 /// y[rows, out] = x[rows, in] W^T for one number of rows and one weight matrix.
 class Product {
  public:
-  Product(dnnl::engine& engine, dnnl::stream& stream, int64_t rows, int64_t in, int64_t out, const memory& plain_weight)
+  Product(dnnl::engine& engine, dnnl::stream& stream, int64_t rows, int64_t in, int64_t out,
+          const memory& plain_weight)
       : stream_(stream) {
     const memory::desc x({rows, in}, memory::data_type::bf16, memory::format_tag::ab);
     const memory::desc w({in, out}, memory::data_type::bf16, memory::format_tag::any);
@@ -91,8 +92,9 @@ void bench_onednn() {
       if (rows == 1) std::memcpy(single.data(), products[0].y(), single.size() * sizeof(float));
       const bool same = std::memcmp(single.data(), products[0].y(), single.size() * sizeof(float)) == 0;
       fmt::print("{:>7} {:>6} {:>5} {:>10.3f} {:>8.1f} {:>9.1f}  {} ({})\n", out, in, rows, time * 1e3,
-                 static_cast<double>(out * in * 2) / time / 1e9, 2.0 * static_cast<double>(rows * out * in) / time / 1e9,
-                 same ? "same bits" : "other bits", products[0].implementation());
+                 static_cast<double>(out * in * 2) / time / 1e9,
+                 2.0 * static_cast<double>(rows * out * in) / time / 1e9, same ? "same bits" : "other bits",
+                 products[0].implementation());
     }
   }
 }

@@ -67,7 +67,7 @@ struct LinearShape {
   int64_t out_features;
   int64_t in_features;
 };
-constexpr LinearShape kLinearShapes[] = {{1, 2},    {16, 32},  {31, 6},    {32, 64},   {33, 66},
+constexpr LinearShape kLinearShapes[] = {{1, 2},    {16, 32},  {31, 6},    {32, 64}, {33, 66},
                                          {300, 64}, {96, 130}, {40, 1200}, {64, 256}};
 
 struct LinearCase {
@@ -176,9 +176,10 @@ TEST_P(KernelsTest, PackStacksPartsOfEveryDtype) {
   for (int64_t i = 0; i < 60; ++i) {
     const int64_t row = 59 - i;
     for (int64_t k = 0; k < kIn; ++k) {
-      const float expected = row < 20   ? static_cast<float>(bf16(f32[static_cast<size_t>(row * kIn + k)]))
-                             : row < 57 ? static_cast<float>(half_as_bf16[static_cast<size_t>((row - 20) * kIn + k)])
-                                        : static_cast<float>(bf16(f16_to_float(f16[static_cast<size_t>((row - 57) * kIn + k)])));
+      const float expected =
+          row < 20   ? static_cast<float>(bf16(f32[static_cast<size_t>(row * kIn + k)]))
+          : row < 57 ? static_cast<float>(half_as_bf16[static_cast<size_t>((row - 20) * kIn + k)])
+                     : static_cast<float>(bf16(f16_to_float(f16[static_cast<size_t>((row - 57) * kIn + k)])));
       ASSERT_EQ(rows[static_cast<size_t>(i * kIn + k)], expected) << row << "," << k;
     }
   }
@@ -237,8 +238,10 @@ TEST_P(KernelsTest, RmsNormMatchesReference) {
         const double inverse = 1.0 / std::sqrt(squares / static_cast<double>(hidden) + 1e-6);
         for (int64_t k = 0; k < hidden; ++k) {
           const size_t at = static_cast<size_t>(m * hidden + k);
-          const double expected = static_cast<double>(x[at]) * inverse * static_cast<double>(weight[static_cast<size_t>(k)]);
-          ASSERT_NEAR(as_double(out[at]), expected, std::abs(expected) * 0.004 + 1e-6) << hidden << " " << m << "," << k;
+          const double expected =
+              static_cast<double>(x[at]) * inverse * static_cast<double>(weight[static_cast<size_t>(k)]);
+          ASSERT_NEAR(as_double(out[at]), expected, std::abs(expected) * 0.004 + 1e-6)
+              << hidden << " " << m << "," << k;
         }
       }
     }
@@ -259,7 +262,8 @@ TEST_P(KernelsTest, SiluMulMatchesReference) {
           const double gate = static_cast<double>(gate_up[static_cast<size_t>(m * 2 * inter + i)]);
           const double up = static_cast<double>(gate_up[static_cast<size_t>(m * 2 * inter + inter + i)]);
           const double expected = gate / (1 + std::exp(-gate)) * up;
-          ASSERT_NEAR(as_double(out[static_cast<size_t>(m * inter + i)]), expected, std::abs(expected) * 0.004 + 1e-6);
+          ASSERT_NEAR(as_double(out[static_cast<size_t>(m * inter + i)]), expected,
+                      std::abs(expected) * 0.004 + 1e-6);
         }
       }
     }
@@ -283,7 +287,8 @@ struct Cache {
             .head_dim = head_dim};
   }
   bf16* slot(const std::vector<int32_t>& table, int64_t pos, int32_t head, bool value) {
-    std::byte* const block = view.pool + table[static_cast<size_t>(pos / view.block_tokens)] * view.block_stride_bytes;
+    std::byte* const block =
+        view.pool + table[static_cast<size_t>(pos / view.block_tokens)] * view.block_stride_bytes;
     auto* const base = reinterpret_cast<bf16*>(block + (value ? view.v_offset_bytes : view.k_offset_bytes));
     return base + (int64_t{head} * view.block_tokens + pos % view.block_tokens) * view.head_dim;
   }
@@ -304,8 +309,8 @@ TEST_P(KernelsTest, QkvMatchesReferenceAndWritesOnlyItsSlots) {
     int32_t heads, kv_heads, head_dim, block_tokens;
     bool bias, norm;
   };
-  for (const Case c : {Case{4, 2, 16, 4, false, true}, Case{4, 4, 8, 3, true, false}, Case{8, 2, 128, 16, false, true},
-                       Case{3, 1, 40, 5, true, true}}) {
+  for (const Case c : {Case{4, 2, 16, 4, false, true}, Case{4, 4, 8, 3, true, false},
+                       Case{8, 2, 128, 16, false, true}, Case{3, 1, 40, 5, true, true}}) {
     constexpr int32_t kRowsA = 5, kStartA = 2, kRowsB = 1, kStartB = 9;
     constexpr int32_t kRows = kRowsA + 1 + kRowsB;  // row 5 belongs to nobody
     const int32_t d = c.head_dim, width = (c.heads + 2 * c.kv_heads) * d;
@@ -348,7 +353,8 @@ TEST_P(KernelsTest, QkvMatchesReferenceAndWritesOnlyItsSlots) {
       if (c.norm) {
         const std::vector<float>& weight = head < c.heads ? q_norm : k_norm;
         for (int32_t i = 0; i < d; ++i) {
-          x[static_cast<size_t>(i)] *= static_cast<double>(weight[static_cast<size_t>(i)]) / std::sqrt(squares / d + 1e-6);
+          x[static_cast<size_t>(i)] *=
+              static_cast<double>(weight[static_cast<size_t>(i)]) / std::sqrt(squares / d + 1e-6);
         }
       }
       std::vector<double> y(x.size());
@@ -363,14 +369,16 @@ TEST_P(KernelsTest, QkvMatchesReferenceAndWritesOnlyItsSlots) {
     size_t written = 0;
     const auto expect_head = [&](const bf16* actual, const std::vector<double>& expected) {
       for (int32_t i = 0; i < d; ++i) {
-        ASSERT_NEAR(as_double(actual[i]), expected[static_cast<size_t>(i)], 0.004 * std::abs(expected[static_cast<size_t>(i)]) + 1e-5);
+        ASSERT_NEAR(as_double(actual[i]), expected[static_cast<size_t>(i)],
+                    0.004 * std::abs(expected[static_cast<size_t>(i)]) + 1e-5);
       }
     };
     for (const SequenceSlice& sequence : sequences) {
       const std::vector<int32_t>& table = sequence.first_row == 0 ? table_a : table_b;
       for (int32_t i = 0; i < sequence.rows; ++i) {
         const int32_t row = sequence.first_row + i, pos = sequence.start_pos + i;
-        for (int32_t h = 0; h < c.heads; ++h) expect_head(&q[static_cast<size_t>((row * c.heads + h) * d)], reference(row, h, pos));
+        for (int32_t h = 0; h < c.heads; ++h)
+          expect_head(&q[static_cast<size_t>((row * c.heads + h) * d)], reference(row, h, pos));
         for (int32_t h = 0; h < c.kv_heads; ++h) {
           expect_head(cache.slot(table, pos, h, false), reference(row, c.heads + h, pos));
           expect_head(cache.slot(table, pos, h, true), reference(row, c.heads + c.kv_heads + h, pos));
@@ -390,16 +398,17 @@ struct AttentionCase {
   float spread;  // of q: large values make sharp softmaxes
 };
 constexpr AttentionCase kAttentionCases[] = {
-    {4, 2, 16, 4, 40, 0, 1},   {4, 4, 8, 3, 7, 0, 1},     {2, 1, 24, 16, 130, 0, 4},  {16, 8, 128, 16, 200, 0, 2},
-    {4, 2, 64, 32, 70, 8, 1},  {6, 2, 40, 5, 150, 65, 2}, {2, 1, 256, 16, 600, 0, 1}, {4, 1, 32, 64, 1100, 600, 3},
-    {2, 2, 120, 1, 65, 1, 1},  {8, 1, 96, 16, 300, 0, 8},
+    {4, 2, 16, 4, 40, 0, 1},  {4, 4, 8, 3, 7, 0, 1},     {2, 1, 24, 16, 130, 0, 4},  {16, 8, 128, 16, 200, 0, 2},
+    {4, 2, 64, 32, 70, 8, 1}, {6, 2, 40, 5, 150, 65, 2}, {2, 1, 256, 16, 600, 0, 1}, {4, 1, 32, 64, 1100, 600, 3},
+    {2, 2, 120, 1, 65, 1, 1}, {8, 1, 96, 16, 300, 0, 8},
 };
 
 struct AttentionData {
   explicit AttentionData(const AttentionCase& c)
       : cache(c.kv_heads, c.head_dim, c.block_tokens, 2 * ((c.context + c.block_tokens - 1) / c.block_tokens) + 1) {
     table = scattered_table((c.context + c.block_tokens - 1) / c.block_tokens, 1, 2);
-    q = to_bf16(random_floats(static_cast<size_t>(c.context * c.heads * c.head_dim), 20, static_cast<double>(c.spread)));
+    q = to_bf16(
+        random_floats(static_cast<size_t>(c.context * c.heads * c.head_dim), 20, static_cast<double>(c.spread)));
     const auto k = to_bf16(random_floats(static_cast<size_t>(c.context * c.kv_heads * c.head_dim), 21));
     const auto v = to_bf16(random_floats(static_cast<size_t>(c.context * c.kv_heads * c.head_dim), 22));
     for (int32_t pos = 0; pos < c.context; ++pos) {
@@ -416,7 +425,8 @@ struct AttentionData {
 };
 
 /// Attention of positions [first, context), computed in slices of `chunk` tokens (0: all at once).
-std::vector<bf16> attend(Kernels& kernels, const AttentionCase& c, AttentionData& data, int32_t first, int32_t chunk) {
+std::vector<bf16> attend(Kernels& kernels, const AttentionCase& c, AttentionData& data, int32_t first,
+                         int32_t chunk) {
   const size_t row = static_cast<size_t>(c.heads * c.head_dim);
   std::vector<bf16> out(static_cast<size_t>(c.context - first) * row, kPoison16);
   const int32_t step = chunk == 0 ? c.context - first : chunk;
@@ -441,7 +451,8 @@ TEST_P(KernelsTest, AttentionMatchesReference) {
     const int32_t d = c.head_dim, group = c.heads / c.kv_heads;
     const std::vector<bf16> out = attend(*kernels, c, data, 0, 0);
     const int32_t stride = c.context > 100 ? 37 : 1;  // the reference is slow: a sample of long contexts
-    for (int32_t pos = 0; pos < c.context; pos += (pos + stride < c.context || pos == c.context - 1) ? stride : c.context - 1 - pos) {
+    for (int32_t pos = 0; pos < c.context;
+         pos += (pos + stride < c.context || pos == c.context - 1) ? stride : c.context - 1 - pos) {
       for (int32_t h = 0; h < c.heads; ++h) {
         const bf16* const query = &data.q[static_cast<size_t>((pos * c.heads + h) * d)];
         const int32_t lowest = c.window > 0 ? std::max(0, pos - c.window + 1) : 0;
@@ -484,10 +495,12 @@ TEST_P(KernelsTest, AttentionIsChunkAndThreadInvariant) {
       struct Run {
         int32_t first, chunk;
       };
-      for (const Run run : {Run{0, 100}, Run{end_part, 64}, Run{end_part, 16}, Run{end_part, 7}, Run{c.context / 3, 0},
-                            Run{std::max(0, c.context - 20), 1}}) {
+      for (const Run run : {Run{0, 100}, Run{end_part, 64}, Run{end_part, 16}, Run{end_part, 7},
+                            Run{c.context / 3, 0}, Run{std::max(0, c.context - 20), 1}}) {
         const std::vector<bf16> out = attend(*kernels, c, data, run.first, run.chunk);
-        ASSERT_EQ(std::memcmp(out.data(), expected.data() + static_cast<size_t>(run.first) * row, out.size() * sizeof(bf16)), 0)
+        ASSERT_EQ(std::memcmp(out.data(), expected.data() + static_cast<size_t>(run.first) * row,
+                              out.size() * sizeof(bf16)),
+                  0)
             << "dim " << c.head_dim << " context " << c.context << " from " << run.first << " by " << run.chunk
             << " with " << threads << " threads";
       }
@@ -502,19 +515,28 @@ TEST_P(KernelsTest, AttentionOfABatchEqualsItsSequences) {
   const std::vector<bf16> expected = attend(*kernels, c, data, 0, 0);
   const size_t row = static_cast<size_t>(c.heads * c.head_dim);
   // Decode rows and prefill chunks of "different" sequences over the same cache, in an odd order.
-  const SequenceSlice slices[] = {{3, 1, 699, data.table.data()},  {4, 20, 100, data.table.data()},
-                                  {0, 1, 0, data.table.data()},    {1, 2, 511, data.table.data()},
+  const SequenceSlice slices[] = {{3, 1, 699, data.table.data()},
+                                  {4, 20, 100, data.table.data()},
+                                  {0, 1, 0, data.table.data()},
+                                  {1, 2, 511, data.table.data()},
                                   {24, 130, 570, data.table.data()}};
   std::vector<bf16> q(154 * row), out(154 * row, kPoison16);
   for (const SequenceSlice& slice : slices) {
     std::memcpy(&q[static_cast<size_t>(slice.first_row) * row], &data.q[static_cast<size_t>(slice.start_pos) * row],
                 static_cast<size_t>(slice.rows) * row * 2);
   }
-  kernels->attention({.q = q.data(), .out = out.data(), .heads = c.heads, .scale = 1.0f / std::sqrt(32.0f),
-                      .sliding_window = 0, .sequences = slices, .kv = data.cache.view});
+  kernels->attention({.q = q.data(),
+                      .out = out.data(),
+                      .heads = c.heads,
+                      .scale = 1.0f / std::sqrt(32.0f),
+                      .sliding_window = 0,
+                      .sequences = slices,
+                      .kv = data.cache.view});
   for (const SequenceSlice& slice : slices) {
-    EXPECT_EQ(std::memcmp(&out[static_cast<size_t>(slice.first_row) * row], &expected[static_cast<size_t>(slice.start_pos) * row],
-                          static_cast<size_t>(slice.rows) * row * 2), 0)
+    EXPECT_EQ(
+        std::memcmp(&out[static_cast<size_t>(slice.first_row) * row],
+                    &expected[static_cast<size_t>(slice.start_pos) * row], static_cast<size_t>(slice.rows) * row * 2),
+        0)
         << "slice at " << slice.start_pos;
   }
 }

@@ -12,8 +12,8 @@
 namespace baton {
 namespace {
 
-/// Reads [begin, end), a multiple of 64 bytes, begin on a 64-byte boundary. Not a bare load loop: a few dependent operations per line pace the
-/// loads, and the prefetchers follow that a few percent faster.
+/// Reads [begin, end), a multiple of 64 bytes, begin on a 64-byte boundary. Not a bare load loop: a few dependent
+/// operations per line pace the loads, and the prefetchers follow that a few percent faster.
 template <typename Line>
 inline __attribute__((always_inline)) uint64_t read_lines(const std::byte* begin, const std::byte* end) {
   Line sum[64 / sizeof(Line)] = {};

@@ -11,10 +11,10 @@ struct Name {
 };
 // The spellings of config.json ("bfloat16"), safetensors ("BF16") and our own command line ("bf16").
 constexpr std::array kNames = {
-    Name{"float32", DType::kF32}, Name{"f32", DType::kF32},   Name{"F32", DType::kF32},
+    Name{"float32", DType::kF32}, Name{"f32", DType::kF32},       Name{"F32", DType::kF32},
     Name{"float", DType::kF32},   Name{"bfloat16", DType::kBF16}, Name{"bf16", DType::kBF16},
-    Name{"BF16", DType::kBF16},   Name{"float16", DType::kF16}, Name{"f16", DType::kF16},
-    Name{"F16", DType::kF16},     Name{"half", DType::kF16},  Name{"int32", DType::kI32},
+    Name{"BF16", DType::kBF16},   Name{"float16", DType::kF16},   Name{"f16", DType::kF16},
+    Name{"F16", DType::kF16},     Name{"half", DType::kF16},      Name{"int32", DType::kI32},
     Name{"i32", DType::kI32},     Name{"I32", DType::kI32},
 };
 

@@ -129,8 +129,7 @@ int ThreadPool::threads() const { return impl_->threads; }
 
 void ThreadPool::run(const std::function<void(int, int)>& body) { impl_->run(body); }
 
-void ThreadPool::parallel_for(int64_t count, int64_t grain,
-                              const std::function<void(int64_t, int64_t, int)>& body) {
+void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body) {
   if (count <= 0) return;
   grain = std::max<int64_t>(1, grain);
   if (impl_->threads == 1 || count <= grain) {

@@ -71,16 +71,16 @@ class TileAhead {
 template <typename Isa>
 struct AttentionScratch {
   using Word = typename Isa::Word;
-  Word* q;       // [rows][head_dim / kWordElements]
-  Word* k;       // [head_dim / kWordElements][64]
-  Word* v;       // [64 / kWordElements][padded]
-  Word* p;       // [rows][64 / kWordElements]
-  float* s;      // [rows][64]
-  float* o;      // [rows][padded], this segment
-  float* total;  // [rows][padded]
-  float* correction;                  // [rows]
-  float *maximum, *sum;               // [rows], this segment
-  float *total_maximum, *total_sum;   // [rows]
+  Word* q;                           // [rows][head_dim / kWordElements]
+  Word* k;                           // [head_dim / kWordElements][64]
+  Word* v;                           // [64 / kWordElements][padded]
+  Word* p;                           // [rows][64 / kWordElements]
+  float* s;                          // [rows][64]
+  float* o;                          // [rows][padded], this segment
+  float* total;                      // [rows][padded]
+  float* correction;                 // [rows]
+  float *maximum, *sum;              // [rows], this segment
+  float *total_maximum, *total_sum;  // [rows]
 
   /// Lays the arrays out behind `base` (may be null: only counts). Returns the bytes used.
   size_t place(void* base, int rows, int head_dim) {
@@ -183,8 +183,8 @@ inline void gather_rows(const AttentionTask& t, int64_t tile_begin, int64_t end,
   tile->v_offset = t.v_offset;
   int64_t block = tile_begin / t.block_tokens, in_block = tile_begin % t.block_tokens;
   for (int i = 0; i < tile->count; ++block, in_block = 0) {
-    const uint16_t* row = t.k_pool + t.block_table[block] * t.block_stride + t.kv_head * t.head_stride +
-                          in_block * t.head_dim;
+    const uint16_t* row =
+        t.k_pool + t.block_table[block] * t.block_stride + t.kv_head * t.head_stride + in_block * t.head_dim;
     const int stop = static_cast<int>(min64(i + t.block_tokens - in_block, tile->count));
     for (; i < stop; ++i, row += t.head_dim) tile->k[i] = row;
   }
@@ -253,19 +253,18 @@ void attention_task(const AttentionTask& t) {
       TileAhead ahead(later, d);
       Isa::pack_keys(now, d, w.k, ahead);
       Isa::pack_values(now, d, padded, w.v, ahead);
-      Isa::scores(w.q + int64_t{r0} * words, words, r1 - r0, w.k, d, w.s + int64_t{r0} * kTileKeys,
-                  ahead);
+      Isa::scores(w.q + int64_t{r0} * words, words, r1 - r0, w.k, d, w.s + int64_t{r0} * kTileKeys, ahead);
       for (int r = r0; r < r1; ++r) {
         const int64_t pos = first_pos + r / group;
         const int64_t lowest = t.window > 0 ? pos - t.window + 1 : 0;
         const int visible_begin = static_cast<int>(min64(max64(lowest - tile, 0), kTileKeys));
         const int visible_end = static_cast<int>(min64(pos + 1 - tile, kTileKeys));
         w.correction[r] =
-            soften_row<Isa>(w.s + int64_t{r} * kTileKeys, visible_begin, visible_end, scale, &w.maximum[r],
-                            &w.sum[r], w.p + int64_t{r} * (kTileKeys / Isa::kWordElements));
+            soften_row<Isa>(w.s + int64_t{r} * kTileKeys, visible_begin, visible_end, scale, &w.maximum[r], &w.sum[r],
+                            w.p + int64_t{r} * (kTileKeys / Isa::kWordElements));
       }
-      Isa::weighted_sum(w.p + int64_t{r0} * (kTileKeys / Isa::kWordElements), r1 - r0, w.v, padded,
-                        w.correction + r0, w.o + int64_t{r0} * padded, ahead);
+      Isa::weighted_sum(w.p + int64_t{r0} * (kTileKeys / Isa::kWordElements), r1 - r0, w.v, padded, w.correction + r0,
+                        w.o + int64_t{r0} * padded, ahead);
     }
     if (t.partial != nullptr) {
       const int stride = partial_stride(d);

@@ -16,8 +16,8 @@ namespace baton {
 namespace cpu {
 namespace {
 
-constexpr int64_t kRowChunk = 512;        // of linear(): its packed activations stay in the caches
-constexpr int64_t kAttentionRows = 64;    // query rows (tokens x heads of a group) that share a K/V tile
+constexpr int64_t kRowChunk = 512;          // of linear(): its packed activations stay in the caches
+constexpr int64_t kAttentionRows = 64;      // query rows (tokens x heads of a group) that share a K/V tile
 constexpr int64_t kInlineElements = 16384;  // element-wise work below this is not worth a fork
 constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
 
@@ -53,8 +53,8 @@ class CpuKernels final : public Kernels {
       return unimplemented("head_dim {}: the CPU kernels take multiples of 8 from 8 to {}", head_dim, kMaxHeadDim);
     }
     if (kv_heads < 1 || heads < 1 || heads % kv_heads != 0 || heads / kv_heads > kMaxGroup) {
-      return unimplemented("{} query heads over {} key-value heads: need a multiple, at most {} times as many",
-                           heads, kv_heads, kMaxGroup);
+      return unimplemented("{} query heads over {} key-value heads: need a multiple, at most {} times as many", heads,
+                           kv_heads, kMaxGroup);
     }
     return {};
   }
@@ -89,11 +89,9 @@ class CpuKernels final : public Kernels {
     for_rows(rows, hidden * 16, [&](int64_t row) { matrix.unpack_row(ids[row], x + row * hidden); });
   }
 
-  void rms_norm(const float* x, int64_t rows, int64_t hidden, const float* weight, float eps,
-                bf16* out) override {
-    for_rows(rows, hidden, [&](int64_t row) {
-      ops_.rms_norm(x + row * hidden, hidden, weight, eps, bits_of(out) + row * hidden);
-    });
+  void rms_norm(const float* x, int64_t rows, int64_t hidden, const float* weight, float eps, bf16* out) override {
+    for_rows(rows, hidden,
+             [&](int64_t row) { ops_.rms_norm(x + row * hidden, hidden, weight, eps, bits_of(out) + row * hidden); });
   }
 
   void silu_mul(const float* gate_up, int64_t rows, int64_t inter, bf16* out) override {
@@ -259,8 +257,7 @@ void CpuKernels::add_attention_tasks(const AttentionArgs& args, const SequenceSl
     task.head_stride = int64_t{kv.block_tokens} * kv.head_dim;
     task.block_tokens = kv.block_tokens;
     task.block_table = sequence.block_table;
-    const int64_t first_key =
-        task.window > 0 ? std::max<int64_t>(0, task.start_pos + begin - task.window + 1) : 0;
+    const int64_t first_key = task.window > 0 ? std::max<int64_t>(0, task.start_pos + begin - task.window + 1) : 0;
     task.segment_begin = first_key / kSegmentKeys;
     task.segment_end = (task.start_pos + task.token_end + kSegmentKeys - 1) / kSegmentKeys;
     for (int32_t head = 0; head < kv.kv_heads; ++head) {

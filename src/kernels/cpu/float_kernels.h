@@ -12,9 +12,7 @@
 namespace baton::cpu {
 namespace {
 
-inline float widen(uint16_t bits) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-}
+inline float widen(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
 
 /// Activations become float32 [k_pairs][rows][even, odd].
 inline void pack_block_f32(const uint16_t* x, int64_t rows, int64_t k_pairs, void* out) {
@@ -92,8 +90,7 @@ inline void outer_product_f32(const float* a, int64_t a_stride, const float* b, 
   V acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = scale == nullptr ? V::set(0)
-                                   : V::mul(V::load(c + r * c_stride + v * V::kWidth), V::set(scale[r]));
+      acc[r][v] = scale == nullptr ? V::set(0) : V::mul(V::load(c + r * c_stride + v * V::kWidth), V::set(scale[r]));
     }
   }
   for (int64_t i = 0; i < k; ++i) {
@@ -121,8 +118,7 @@ inline void matrix_product_f32(const float* a, int64_t a_stride, int64_t rows, c
     }
     for (; r < rows; ++r) {
       outer_product_f32<V, 1, kVectors>(a + r * a_stride, a_stride, b + column, b_stride, k,
-                                        scale == nullptr ? nullptr : scale + r, c + r * c_stride + column,
-                                        c_stride);
+                                        scale == nullptr ? nullptr : scale + r, c + r * c_stride + column, c_stride);
     }
   }
 }

@@ -50,8 +50,8 @@ struct QkvRow {
   int heads = 0;
   int kv_heads = 0;
   int head_dim = 0;
-  uint16_t* q_out = nullptr;       // [heads, head_dim]
-  uint16_t* k_out = nullptr;       // head 0's slot; head h's lies h * kv_head_stride elements further
+  uint16_t* q_out = nullptr;  // [heads, head_dim]
+  uint16_t* k_out = nullptr;  // head 0's slot; head h's lies h * kv_head_stride elements further
   uint16_t* v_out = nullptr;
   int64_t kv_head_stride = 0;
 };
@@ -72,8 +72,8 @@ struct AttentionTask {
   int64_t token_end = 0;
   const uint16_t* k_pool = nullptr;  // layer's K of block 0, kv_head 0
   int64_t v_offset = 0;              // elements from a key to its value
-  int64_t block_stride = 0;  // elements
-  int64_t head_stride = 0;   // elements: block_tokens * head_dim
+  int64_t block_stride = 0;          // elements
+  int64_t head_stride = 0;           // elements: block_tokens * head_dim
   int block_tokens = 0;
   const int32_t* block_table = nullptr;
   int64_t segment_begin = 0;

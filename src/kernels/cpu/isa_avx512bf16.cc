@@ -54,14 +54,12 @@ struct VecAvx512 {
   }
 };
 
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
+inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 inline __m512i broadcast_pair(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
 
 // ------------------------------------------------------------------------------------------------ linear
 
-constexpr int kBlockRows = 12;           // 12 x 2 sums, 2 weights, 1 activation: 27 of 32 registers
+constexpr int kBlockRows = 12;  // 12 x 2 sums, 2 weights, 1 activation: 27 of 32 registers
 constexpr int64_t kStreamAheadBytes = 8192;
 constexpr int64_t kMaxDepthPairs = 256;  // of k at a time: 32 KiB of weights, shared by all row blocks
 
@@ -80,7 +78,7 @@ struct LinearBlock {
   const uint32_t* a;  // [depth][rows]
   const uint32_t* b;  // [depth][32]
   int64_t depth;
-  const char* ahead;     // memory to prefetch, ahead_step bytes per step of k
+  const char* ahead;  // memory to prefetch, ahead_step bytes per step of k
   int64_t ahead_step;
   float* sums;  // [rows][32]: where the sums rest between blocks of k
   bool first;   // begins at zero instead of `sums`
@@ -143,8 +141,9 @@ void linear_block(const LinearBlock& block, const LinearTask& t) {
 
 using LinearBlockFunction = void (*)(const LinearBlock&, const LinearTask&);
 constexpr LinearBlockFunction kLinearBlocks[kBlockRows + 1] = {
-    nullptr,          linear_block<1>, linear_block<2>, linear_block<3>,  linear_block<4>,  linear_block<5>, linear_block<6>,
-    linear_block<7>,  linear_block<8>, linear_block<9>, linear_block<10>, linear_block<11>, linear_block<12>};
+    nullptr,          linear_block<1>,  linear_block<2>, linear_block<3>, linear_block<4>,
+    linear_block<5>,  linear_block<6>,  linear_block<7>, linear_block<8>, linear_block<9>,
+    linear_block<10>, linear_block<11>, linear_block<12>};
 
 void linear_bf16(const LinearTask& t) {
   const RowBlocks rows(t.rows, kBlockRows);
@@ -201,9 +200,9 @@ inline void pair_product(const PairProduct& t, int64_t row, TileAhead& prefetch)
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = t.scale == nullptr ? _mm512_setzero_ps()
-                                     : _mm512_mul_ps(_mm512_loadu_ps(c + r * t.c_stride + v * 16),
-                                                     _mm512_set1_ps(t.scale[row + r]));
+      acc[r][v] = t.scale == nullptr
+                      ? _mm512_setzero_ps()
+                      : _mm512_mul_ps(_mm512_loadu_ps(c + r * t.c_stride + v * 16), _mm512_set1_ps(t.scale[row + r]));
     }
   }
   TileAhead ahead = prefetch;  // a copy, so that it lives in registers
@@ -331,8 +330,8 @@ struct PairAttention {
   template <bool kFull>
   static void pack_values_of(const TileRows& now, int head_dim, int padded, uint32_t* tile, TileAhead& ahead) {
     // Interleave elements 0..15 (16..31) of two rows; index 32 + i is element i of the second.
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int key = 0; key < kTileKeys; key += 2) {
       uint32_t* const out = tile + key / 2 * padded;
@@ -363,14 +362,15 @@ struct PairAttention {
   static void weighted_sum(const uint32_t* p, int rows, const uint32_t* tile, int padded, const float* corrections,
                            float* o, TileAhead& ahead) {
     constexpr int kDepth = kTileKeys / 2;
+    const auto columns = [&](auto product, int column) {
+      product(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
+    };
     int column = 0;
-    for (; column + 64 <= padded; column += 64) {
-      pair_product_rows<4>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
-    }
+    for (; column + 64 <= padded; column += 64) columns(pair_product_rows<4>, column);
     switch ((padded - column) / 16) {
-      case 1: return pair_product_rows<1>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
-      case 2: return pair_product_rows<2>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
-      case 3: return pair_product_rows<3>(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
+      case 1: return columns(pair_product_rows<1>, column);
+      case 2: return columns(pair_product_rows<2>, column);
+      case 3: return columns(pair_product_rows<3>, column);
       default: return;
     }
   }

@@ -23,8 +23,7 @@ HalfTable make_half_table() {
 }
 
 /// `count` elements from `offset` of a row as bf16.
-void load_row(const Kernels::MatrixPart& part, int64_t element, int64_t count, const HalfTable& half,
-              uint16_t* out) {
+void load_row(const Kernels::MatrixPart& part, int64_t element, int64_t count, const HalfTable& half, uint16_t* out) {
   switch (part.dtype) {
     case DType::kBF16:
       std::memcpy(out, static_cast<const uint16_t*>(part.data) + element, static_cast<size_t>(count) * 2);
@@ -44,7 +43,7 @@ void load_row(const Kernels::MatrixPart& part, int64_t element, int64_t count, c
 
 struct Row {
   const Kernels::MatrixPart* part = nullptr;  // null: padding
-  int64_t index = 0;                           // inside the part
+  int64_t index = 0;                          // inside the part
 };
 
 Row find_row(std::span<const Kernels::MatrixPart> parts, int64_t row) {

@@ -76,8 +76,7 @@ void silu_mul_range(const float* gate, const float* up, int64_t count, uint16_t*
 
 /// One head: tmp = x (+ bias), optionally RMS-normalised.
 template <typename V>
-inline void prepare_head(const float* x, const float* bias, const float* norm, float eps, int head_dim,
-                         float* tmp) {
+inline void prepare_head(const float* x, const float* bias, const float* norm, float eps, int head_dim, float* tmp) {
   for (int i = 0; i < head_dim; i += V::kWidth) {
     const int64_t n = min64(V::kWidth, head_dim - i);
     V value = V::load_part(x + i, n);
