@@ -13,7 +13,8 @@ namespace baton {
 ///
 /// Of `bytes` of fresh memory in huge pages; choose several times the last-level cache. Errors: resource_exhausted.
 Result<double> measure_read_gbps(ThreadPool& threads, size_t bytes, int repeats);
-/// Of memory that is there, the weights of a model for example: where it lies (NUMA node) can halve the figure.
+/// Of memory that is there, the weights of a model for example. Measure right before what is compared with it: the
+/// memory of a virtual machine can halve its speed from one second to the next.
 double measure_read_gbps(ThreadPool& threads, std::span<const std::span<const std::byte>> regions, int repeats);
 
 }  // namespace baton
