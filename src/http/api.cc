@@ -54,7 +54,7 @@ ApiMetrics::ApiMetrics(MetricsRegistry& registry)
                       .Add({})) {}
 
 int32_t Api::Context::max_model_len() const {
-  int32_t workers = router.health().max_model_len;
+  int32_t workers = router.max_model_len();
   if (model.max_model_len == 0) return workers;
   return workers == 0 ? model.max_model_len : std::min(workers, model.max_model_len);
 }
@@ -94,8 +94,9 @@ void respond_json(Exchange& exchange, int status, std::string body) {
   exchange.respond({status, "application/json", std::move(body), {}});
 }
 
-bool check_model(Api::Context& context, Exchange& exchange, std::string_view endpoint, const std::string& model) {
-  if (model.empty() || model == context.model.name) return true;
+bool check_model(Api::Context& context, Exchange& exchange, std::string_view endpoint, const std::string& model,
+                 bool may_be_empty = true) {
+  if (model == context.model.name || (model.empty() && may_be_empty)) return true;
   ApiError error;
   error.http_status = 404;
   error.message = fmt::format("The model '{}' does not exist; this server has '{}'.", model, context.model.name);
@@ -107,6 +108,13 @@ bool check_model(Api::Context& context, Exchange& exchange, std::string_view end
 
 void handle_completion(Api::Context& context, std::shared_ptr<Exchange> exchange, bool chat) {
   std::string_view endpoint = chat ? "/v1/chat/completions" : "/v1/completions";
+  if (context.draining) {
+    ApiError error;
+    error.http_status = 503;
+    error.type = "service_unavailable_error";
+    error.message = "the server is shutting down; send the request again, to another one";
+    return respond_error(context, *exchange, endpoint, error);
+  }
   auto parsed = parse_completion_request(exchange->request().body, chat, context.model.defaults, context.limits);
   if (auto* error = std::get_if<ApiError>(&parsed)) return respond_error(context, *exchange, endpoint, *error);
   auto& request = std::get<CompletionRequest>(parsed);
@@ -271,7 +279,7 @@ void Api::handle(std::shared_ptr<Exchange> exchange) {
     return respond_json(*exchange, 200, "{\"object\":\"list\",\"data\":[" + model_object(*context_) + "]}");
   }
   if (is_model) {
-    if (!check_model(*context_, *exchange, "/v1/models", path.substr(std::string_view("/v1/models/").size()))) return;
+    if (!check_model(*context_, *exchange, "/v1/models", path.substr(std::string_view("/v1/models/").size()), false)) return;
     return respond_json(*exchange, 200, model_object(*context_));
   }
   handle_health(*context_, *exchange, path);

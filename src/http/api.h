@@ -38,7 +38,7 @@ class Api {
   }
   /// Connections and slow clients for /metrics; set once the server runs.
   void set_server(const Server* server);
-  /// /ready turns 503 while the process drains.
+  /// From now on /ready and new completions are answered 503; what runs goes on.
   void set_draining();
 
   struct Context;

@@ -2,6 +2,7 @@
 
 #include <simdjson.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -115,11 +116,18 @@ class Fields {
     auto value = find(name);
     if (!value) return false;
     int64_t number = 0;
-    if (value->get(number) != simdjson::SUCCESS) {
+    double real = 0;
+    if (value->get(number) == simdjson::SUCCESS) return in_range(name, number, min, max, out);
+    if (value->is_uint64()) {  // is_uint64 is true of what int64 cannot hold
+      fail(name, fmt::format("'{}' is {}; it must be between {} and {}", name, value->get_uint64().value_unsafe(), min, max));
+    } else if (value->is_double() && value->get(real) == simdjson::SUCCESS && std::nearbyint(real) == real &&
+               std::abs(real) <= 9007199254740992.0) {
+      // Some languages know one kind of number and write 5 as 5.0.
+      return in_range(name, static_cast<int64_t>(real), min, max, out);
+    } else {
       wrong_type(name, "an integer", *value);
-      return false;
     }
-    return in_range(name, number, min, max, out);
+    return false;
   }
 
   void wrong_type(const char* name, std::string_view wanted, const element& value) {
@@ -286,7 +294,7 @@ void parse_sampling(Fields& fields, const SamplingDefaults& defaults, const ApiL
   sampling.set_temperature(temperature);
   sampling.set_top_p(top_p);
   sampling.set_min_p(min_p);
-  sampling.set_top_k(top_k < 0 ? 0 : top_k);
+  sampling.set_top_k(top_k < 0 ? 0 : std::min(top_k, 1 << 24));  // no vocabulary is larger
   sampling.set_presence_penalty(presence);
   sampling.set_frequency_penalty(frequency);
   sampling.set_repetition_penalty(repetition);
@@ -365,6 +373,18 @@ void parse_chat_inputs(Fields& fields, std::string* messages, std::string* tools
     std::string_view role;
     if (item.get(message) != simdjson::SUCCESS || message["role"].get(role) != simdjson::SUCCESS || role.empty()) {
       return fields.fail("messages", fmt::format("'messages[{}]' must be an object with a 'role'", index));
+    }
+    array parts;
+    if (message["content"].get(parts) == simdjson::SUCCESS) {
+      for (element part : parts) {
+        object fields_of_part;
+        std::string_view type;
+        if (part.get(fields_of_part) == simdjson::SUCCESS && fields_of_part["type"].get(type) == simdjson::SUCCESS &&
+            type != "text") {
+          return fields.fail("messages", fmt::format("'messages[{}]' has a part of type '{}'; this server takes text only",
+                                                     index, type.substr(0, 40)));
+        }
+      }
     }
     ++index;
   }

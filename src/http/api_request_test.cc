@@ -71,6 +71,25 @@ TEST(CompletionRequest, ChatKeepsMessagesAndToolsAsTheyCame) {
   EXPECT_EQ(request.sampling.logprobs(), 3);
 }
 
+TEST(CompletionRequest, WholeNumbersMayBeWrittenWithAPoint) {
+  EXPECT_EQ(parse(R"({"prompt":"a","max_tokens":5.0})").sampling.max_tokens(), 5);
+  EXPECT_EQ(parse(R"({"prompt":"a","n":2.0,"top_k":3e1})").sampling.top_k(), 30);
+  EXPECT_NE(refuse(R"({"prompt":"a","seed":18446744073709551615})").message.find("between"), std::string::npos);
+  EXPECT_NE(refuse(R"({"prompt":"a","max_tokens":1e300})").message.find("an integer"), std::string::npos);
+}
+
+// Workers take a number beyond the protocol's limits for a broken router.
+TEST(CompletionRequest, NothingExceedsTheLimitsOfTheProtocol) {
+  EXPECT_LE(parse(R"({"prompt":"a","top_k":2147483647})").sampling.top_k(), 1 << 30);
+}
+
+TEST(CompletionRequest, ChatTakesTextPartsOnly) {
+  parse(R"({"messages":[{"role":"user","content":[{"type":"text","text":"a"}]}]})", true);
+  ApiError error = refuse(R"({"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}]})", true);
+  EXPECT_EQ(error.param, "messages");
+  EXPECT_NE(error.message.find("image_url"), std::string::npos);
+}
+
 TEST(CompletionRequest, EveryRefusalNamesTheParameterAndTheLimit) {
   struct Case {
     const char* body;

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <ctime>
 #include <utility>
 
@@ -20,6 +21,10 @@ constexpr int kFinishLength = 2;
 constexpr size_t kMaxPromptBytes = 16u << 20;
 constexpr size_t kPromptTail = 8;  // tokens before the answer that decide about its first space
 
+int64_t count_characters(std::string_view utf8) {
+  return std::count_if(utf8.begin(), utf8.end(), [](char c) { return (static_cast<uint8_t>(c) & 0xc0) != 0x80; });
+}
+
 /// One output sequence: a prompt and one of its n answers.
 struct Sequence {
   int32_t index = 0;
@@ -28,7 +33,7 @@ struct Sequence {
   std::unique_ptr<Detokenizer> detokenizer;
   StopMatcher matcher{{}, false};
   std::string text;                     // whole responses only
-  int64_t text_chars_bytes = 0;         // bytes of text so far, for text_offset
+  int64_t text_chars = 0;               // characters (code points) of text so far, for text_offset
   std::vector<int32_t> token_ids;       // all (whole responses) or not yet sent (streams)
   std::vector<RenderedToken> rendered;  // likewise, with logprobs
   int64_t completion_tokens = 0;
@@ -244,14 +249,17 @@ void CompletionTask::on_token(Sequence& sequence, const protocol::TokenOutput& o
     ++sequence.completion_tokens;
     sequence.token_ids.push_back(output.token());
     if (request_.sampling.logprobs() >= 0) {
-      sequence.rendered.push_back(render_token(output, sequence.text_chars_bytes));
+      sequence.rendered.push_back(render_token(output, sequence.text_chars));
     }
     // The token that stops is not part of the text, unless it was asked for.
     bool hidden = output.finish() == kFinishStop && !request_.include_stop_string;
     if (sequence.detokenizer != nullptr && !hidden) {
       std::string fresh = sequence.detokenizer->push(output.token());
-      sequence.text_chars_bytes += static_cast<int64_t>(fresh.size());
-      StopMatcher::Out out = sequence.matcher.push(fresh);
+      sequence.text_chars += count_characters(fresh);
+      // A stop string counts from the first token on that min_tokens allows to be the last.
+      StopMatcher::Out out = sequence.completion_tokens < request_.sampling.min_tokens()
+                                 ? StopMatcher::Out{std::move(fresh), false, 0}
+                                 : sequence.matcher.push(fresh);
       text = std::move(out.text);
       if (out.stopped) {
         stopped_by_string = true;

@@ -1,5 +1,6 @@
 #include "http/server.h"
 
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
 #include <chrono>
+#include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -56,14 +58,39 @@ namespace {
 
 class Connection;
 
-/// What all connections of one server share.
+/// What all connections of one server share. Connections hold it, so that the I/O context outlives their sockets.
 struct Shared {
+  explicit Shared(int threads) : io(threads) {}
+
   ServerConfig config;
   RequestHandler handler;
   std::atomic<uint64_t> open{0}, accepted{0}, refused{0}, requests{0}, slow_clients{0};
-  std::atomic<bool> stopping{false};
+  std::atomic<bool> stopping{false};      // no new request
+  std::atomic<bool> stopped{false};       // no thread runs `io` any more
+  std::atomic<bool> last_responses{false};
   std::mutex mutex;
   std::unordered_set<Connection*> connections;  // guarded by mutex
+  uint64_t active = 0;                          // guarded by mutex
+  std::condition_variable idle;                 // active fell to 0
+  asio::io_context io;
+};
+
+/// A request from its arrival until its response is sent or its connection gone.
+class ActiveRequest {
+ public:
+  explicit ActiveRequest(Shared& shared) : shared_(shared) {
+    std::lock_guard lock(shared_.mutex);
+    ++shared_.active;
+  }
+  ~ActiveRequest() {
+    std::lock_guard lock(shared_.mutex);
+    if (--shared_.active == 0) shared_.idle.notify_all();
+  }
+  ActiveRequest(const ActiveRequest&) = delete;
+  ActiveRequest& operator=(const ActiveRequest&) = delete;
+
+ private:
+  Shared& shared_;
 };
 
 std::string reason_phrase(int status) {
@@ -79,11 +106,41 @@ std::string error_body(std::string_view message, std::string_view type) {
   return fmt::format(R"({{"error":{{"message":"{}","type":"{}","param":null,"code":null}}}})", escaped, type);
 }
 
+/// "%41" becomes "A"; what is not a valid escape stays as it is.
+std::string percent_decoded(std::string_view text) {
+  auto digit = [](char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+  };
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '%' && i + 2 < text.size() && digit(text[i + 1]) >= 0 && digit(text[i + 2]) >= 0) {
+      out += static_cast<char>(digit(text[i + 1]) * 16 + digit(text[i + 2]));
+      i += 2;
+    } else {
+      out += text[i];
+    }
+  }
+  return out;
+}
+
+/// Path and query of a request target, which may be a whole URL (RFC 9112, 3.2.2).
+void split_target(std::string_view target, HttpRequest* request) {
+  for (std::string_view scheme : {"http://", "https://"}) {
+    if (target.size() < scheme.size() || !beast::iequals({target.data(), scheme.size()}, {scheme.data(), scheme.size()})) continue;
+    size_t slash = target.find_first_of("/?", scheme.size());
+    target = slash == std::string_view::npos ? "/" : target.substr(slash);
+  }
+  size_t question = target.find('?');
+  request->path = percent_decoded(target.substr(0, question));
+  if (question != std::string_view::npos) request->query = std::string(target.substr(question + 1));
+}
+
 /// One client connection. Everything but the Exchange entry points runs on its strand.
 class Connection final : public std::enable_shared_from_this<Connection> {
  public:
   Connection(tcp::socket socket, std::shared_ptr<Shared> shared)
-      : stream_(std::move(socket)), wake_(stream_.get_executor()), shared_(std::move(shared)) {
+      : shared_(std::move(shared)), stream_(std::move(socket)), wake_(stream_.get_executor()),
+        deadline_(stream_.get_executor()) {
     ++shared_->open;
     std::lock_guard lock(shared_->mutex);
     shared_->connections.insert(this);
@@ -110,12 +167,30 @@ class Connection final : public std::enable_shared_from_this<Connection> {
     stream_.socket().close(ignored);
     notify_disconnect();
     wake_.cancel();
+    deadline_.cancel();
+    if (watch_pause_) watch_pause_->cancel();
   }
 
   auto executor() { return stream_.get_executor(); }
+  bool stopped() const { return shared_->stopped; }
 
  private:
   class ExchangeImpl;
+
+  /// Ends what is being read after `timeout_ms`; expired() then says so. The socket stays open, so that the client can be
+  /// told (a timeout of beast's own closes it).
+  void read_deadline(int64_t timeout_ms) {
+    expired_ = false;
+    deadline_.expires_after(std::chrono::milliseconds(timeout_ms));
+    deadline_.async_wait([weak = weak_from_this()](error_code error) {
+      auto self = weak.lock();
+      if (error || !self || self->deadline_.expiry() > std::chrono::steady_clock::now()) return;
+      self->expired_ = true;
+      error_code ignored;
+      self->stream_.socket().cancel(ignored);
+    });
+  }
+  void no_read_deadline() { deadline_.cancel(); }
 
   static asio::awaitable<bool> serve_one(std::shared_ptr<Connection> self, beast::flat_buffer& buffer);
   static asio::awaitable<bool> send_responses(std::shared_ptr<Connection> self);
@@ -162,9 +237,12 @@ class Connection final : public std::enable_shared_from_this<Connection> {
     return head;
   }
 
+  std::shared_ptr<Shared> shared_;  // first: holds the I/O context that the next ones use
   beast::tcp_stream stream_;
   asio::steady_timer wake_;  // cancelled to say: something to send, or the end
-  std::shared_ptr<Shared> shared_;
+  asio::steady_timer deadline_;
+  std::shared_ptr<asio::steady_timer> watch_pause_;
+  bool expired_ = false;
   std::deque<std::string> outgoing_;
   uint64_t unsent_bytes_ = 0;
   uint64_t turn_ = 0;        // which request of the connection is being answered
@@ -182,7 +260,7 @@ class Connection::ExchangeImpl final : public Exchange {
 
   // A handler that drops its exchange without an answer must not leave the client waiting.
   ~ExchangeImpl() override {
-    if (answered_) return;
+    if (answered_ || connection_->stopped()) return;
     asio::post(connection_->executor(), [connection = connection_, turn = turn_] {
       if (connection->turn_ == turn && !connection->complete_) connection->close();
     });
@@ -223,7 +301,9 @@ class Connection::ExchangeImpl final : public Exchange {
     });
   }
 
-  void post(std::function<void()> task) override { asio::post(connection_->executor(), std::move(task)); }
+  void post(std::function<void()> task) override {
+    if (!connection_->stopped()) asio::post(connection_->executor(), std::move(task));
+  }
 
   void on_disconnect(std::function<void()> callback) override {
     on_strand([this_turn = turn_, callback = std::move(callback)](Connection& connection) mutable {
@@ -239,6 +319,7 @@ class Connection::ExchangeImpl final : public Exchange {
  private:
   template <typename Task>
   void on_strand(Task task) {
+    if (connection_->stopped()) return;
     asio::dispatch(connection_->executor(), [connection = connection_, task = std::move(task)]() mutable {
       task(*connection);
     });
@@ -262,6 +343,7 @@ asio::awaitable<bool> Connection::write_all(std::shared_ptr<Connection> self, st
 
 asio::awaitable<void> Connection::refuse(std::shared_ptr<Connection> self, int status, std::string message) {
   self->keep_alive_ = false;
+  self->no_read_deadline();
   std::string body = error_body(message, "invalid_request_error");
   std::string head = self->response_head(status, "application/json", {}, body.size());
   if (!co_await write_all(self, head + body)) co_return;
@@ -283,23 +365,32 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
   beast::http::request_parser<beast::http::string_body> parser;
   parser.header_limit(config.max_header_bytes);
   parser.body_limit(config.max_body_bytes);
+  tcp::socket& socket = self->stream_.socket();
   error_code error;
 
-  // The idle wait ends with the first byte; then the header has to come in time.
-  if (buffer.size() == 0) {
-    self->stream_.expires_after(std::chrono::milliseconds(config.idle_timeout_ms));
+  // The idle wait ends with the first byte; then the header has to come in time. Empty lines in front of a request
+  // are skipped (RFC 9112, 2.2).
+  self->read_deadline(config.idle_timeout_ms);
+  for (size_t empty_lines = 0;;) {
+    while (buffer.size() > 0) {
+      char first = *static_cast<const char*>(buffer.data().data());
+      if (first != '\r' && first != '\n') break;
+      if (++empty_lines > 64) co_return false;
+      buffer.consume(1);
+    }
+    if (buffer.size() > 0) break;
+    buffer.shrink_to_fit();  // a waiting connection holds no memory of its last request
     auto space = buffer.prepare(4096);
-    size_t got = co_await self->stream_.async_read_some(space, asio::redirect_error(asio::use_awaitable, error));
+    size_t got = co_await socket.async_read_some(space, asio::redirect_error(asio::use_awaitable, error));
     if (error) co_return false;
     buffer.commit(got);
   }
-  self->stream_.expires_after(std::chrono::milliseconds(config.header_timeout_ms));
-  co_await beast::http::async_read_header(self->stream_, buffer, parser,
-                                          asio::redirect_error(asio::use_awaitable, error));
+  self->read_deadline(config.header_timeout_ms);
+  co_await beast::http::async_read_header(socket, buffer, parser, asio::redirect_error(asio::use_awaitable, error));
   if (error) {
     if (error == beast::http::error::header_limit || error == beast::http::error::buffer_overflow) {
       co_await refuse(self, 431, fmt::format("the request header is larger than {} bytes", config.max_header_bytes));
-    } else if (error == beast::error::timeout) {
+    } else if (self->expired_) {
       co_await refuse(self, 408, fmt::format("the request header took longer than {} ms", config.header_timeout_ms));
     } else if (error == beast::http::error::body_limit) {
       co_await refuse(self, 413, fmt::format("the request body is larger than {} bytes", config.max_body_bytes));
@@ -309,16 +400,16 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
     }
     co_return false;
   }
-  if (beast::iequals(parser.get()[beast::http::field::expect], "100-continue")) {
+  if (!parser.is_done() && beast::iequals(parser.get()[beast::http::field::expect], "100-continue")) {
     if (!co_await write_all(self, "HTTP/1.1 100 Continue\r\n\r\n")) co_return false;
   }
-  self->stream_.expires_after(std::chrono::milliseconds(config.body_timeout_ms));
-  co_await beast::http::async_read(self->stream_, buffer, parser, asio::redirect_error(asio::use_awaitable, error));
-  self->stream_.expires_never();
+  self->read_deadline(config.body_timeout_ms);
+  co_await beast::http::async_read(socket, buffer, parser, asio::redirect_error(asio::use_awaitable, error));
+  self->no_read_deadline();
   if (error) {
     if (error == beast::http::error::body_limit) {
       co_await refuse(self, 413, fmt::format("the request body is larger than {} bytes", config.max_body_bytes));
-    } else if (error == beast::error::timeout) {
+    } else if (self->expired_) {
       co_await refuse(self, 408, fmt::format("the request body took longer than {} ms", config.body_timeout_ms));
     } else if (error.category() == beast::http::make_error_code(beast::http::error::bad_method).category() &&
                error != beast::http::error::partial_message) {
@@ -330,10 +421,7 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
   auto message = parser.release();
   HttpRequest request;
   request.method = std::string(message.method_string());
-  std::string_view target(message.target().data(), message.target().size());
-  size_t question = target.find('?');
-  request.path = std::string(target.substr(0, question));
-  if (question != std::string_view::npos) request.query = std::string(target.substr(question + 1));
+  split_target({message.target().data(), message.target().size()}, &request);
   for (const auto& field : message.base()) {
     std::string name(field.name_string());
     std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
@@ -341,10 +429,11 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
   }
   request.body = std::move(message.body());
   ++self->shared_->requests;
+  ActiveRequest active(*self->shared_);
 
   self->keep_alive_ = message.keep_alive();
   self->chunked_ = message.version() >= 11;
-  if (!self->chunked_) self->keep_alive_ = false;
+  if (!self->chunked_ || self->shared_->last_responses) self->keep_alive_ = false;
   self->complete_ = false;
   uint64_t turn = ++self->turn_;
   bool head_only = request.method == "HEAD";
@@ -355,6 +444,7 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
   asio::co_spawn(self->executor(), watch_for_disconnect(self, turn), asio::detached);
   bool sent = co_await send_responses(self);
   self->on_disconnect_ = nullptr;
+  if (self->watch_pause_) self->watch_pause_->cancel();
   co_return sent && self->keep_alive_;
 }
 
@@ -387,21 +477,34 @@ asio::awaitable<bool> Connection::send_responses(std::shared_ptr<Connection> sel
 
 /// While a response is being made, an end of the client's stream means it has gone.
 asio::awaitable<void> Connection::watch_for_disconnect(std::shared_ptr<Connection> self, uint64_t turn) {
+  auto over = [&self, turn] { return self->broken_ || self->turn_ != turn || self->complete_; };
   error_code error;
   co_await self->stream_.socket().async_wait(tcp::socket::wait_read,
                                              asio::redirect_error(asio::use_awaitable, error));
-  if (error || self->broken_ || self->turn_ != turn || self->complete_) co_return;
+  if (error || over()) co_return;
   char byte;
   ssize_t got = ::recv(self->stream_.socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-  if (got > 0) co_return;  // the next request, pipelined: it waits its turn
   if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) co_return;
+  if (got > 0) {
+    // The next request, pipelined, or stray bytes: they wait their turn, and hide the end of the stream from a
+    // reader. The kernel knows it.
+    auto pause = std::make_shared<asio::steady_timer>(self->executor());
+    self->watch_pause_ = pause;
+    for (;;) {
+      pollfd state{self->stream_.socket().native_handle(), POLLRDHUP, 0};
+      if (::poll(&state, 1, 0) > 0) break;
+      pause->expires_after(std::chrono::milliseconds(200));
+      co_await pause->async_wait(asio::redirect_error(asio::use_awaitable, error));
+      if (error || over()) co_return;
+    }
+  }
   self->close();
 }
 
 class ServerImpl final : public Server {
  public:
   explicit ServerImpl(ServerConfig config, RequestHandler handler)
-      : shared_(std::make_shared<Shared>()), io_(config.threads), acceptor_(asio::make_strand(io_)) {
+      : shared_(std::make_shared<Shared>(config.threads)), io_(shared_->io), acceptor_(asio::make_strand(io_)) {
     shared_->config = std::move(config);
     shared_->handler = std::move(handler);
   }
@@ -411,7 +514,9 @@ class ServerImpl final : public Server {
     const ServerConfig& config = shared_->config;
     error_code error;
     tcp::resolver resolver(io_);
-    auto endpoints = resolver.resolve(config.host, std::to_string(config.port), tcp::resolver::passive, error);
+    std::string host = config.host;
+    if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);  // IPv6 as in URLs
+    auto endpoints = resolver.resolve(host, std::to_string(config.port), tcp::resolver::passive, error);
     if (error || endpoints.empty()) {
       return invalid_argument("cannot resolve the host '{}' to listen on: {}", config.host, error.message());
     }
@@ -434,20 +539,25 @@ class ServerImpl final : public Server {
 
   uint16_t port() const override { return port_; }
   ServerStats stats() const override {
-    return {shared_->open, shared_->accepted, shared_->refused, shared_->requests, shared_->slow_clients};
+    std::lock_guard lock(shared_->mutex);
+    return {shared_->open, shared_->active, shared_->accepted, shared_->refused, shared_->requests, shared_->slow_clients};
   }
 
-  void stop_accepting() override {
-    asio::post(acceptor_.get_executor(), [this] {
-      error_code ignored;
-      acceptor_.close(ignored);
-    });
+  void close_after_response() override { shared_->last_responses = true; }
+
+  bool wait_sent(int64_t timeout_ms) override {
+    std::unique_lock lock(shared_->mutex);
+    return shared_->idle.wait_for(lock, std::chrono::milliseconds(std::max<int64_t>(0, timeout_ms)),
+                                  [this] { return shared_->active == 0; });
   }
 
   void stop() override {
     if (threads_.empty()) return;
     shared_->stopping = true;
-    stop_accepting();
+    asio::post(acceptor_.get_executor(), [this] {
+      error_code ignored;
+      acceptor_.close(ignored);
+    });
     {
       std::lock_guard lock(shared_->mutex);
       for (Connection* connection : shared_->connections) {
@@ -459,6 +569,7 @@ class ServerImpl final : public Server {
     // io_.run() ends by itself once the acceptor and every connection are gone; exchanges that handlers still hold
     // do not count as work.
     threads_.clear();
+    shared_->stopped = true;
   }
 
  private:
@@ -495,7 +606,7 @@ class ServerImpl final : public Server {
   }
 
   std::shared_ptr<Shared> shared_;
-  asio::io_context io_;
+  asio::io_context& io_;
   tcp::acceptor acceptor_;
   uint16_t port_ = 0;
   std::vector<std::jthread> threads_;

@@ -33,7 +33,7 @@ struct ServerConfig {
 
 struct HttpRequest {
   std::string method;
-  std::string path;    ///< without the query
+  std::string path;    ///< without scheme, host and query; percent-decoded
   std::string query;   ///< after '?', undecoded
   std::string body;
   std::vector<std::pair<std::string, std::string>> headers;  ///< names in lower case
@@ -49,7 +49,8 @@ struct HttpResponse {
 };
 
 /// One request and its response. Functions may be called from any thread until the response is complete;
-/// what comes later is ignored. The exchange keeps its connection alive while somebody holds it.
+/// what comes later is ignored. The exchange keeps its connection alive while somebody holds it, and may
+/// outlive the server: then it does nothing.
 class Exchange {
  public:
   virtual ~Exchange() = default;
@@ -71,6 +72,7 @@ using RequestHandler = std::function<void(std::shared_ptr<Exchange>)>;
 
 struct ServerStats {
   uint64_t connections = 0;        ///< open now
+  uint64_t active = 0;             ///< requests whose response is not wholly sent
   uint64_t accepted = 0, refused = 0, requests = 0, slow_clients = 0;
 };
 
@@ -82,8 +84,10 @@ class Server {
   virtual ~Server() = default;
   virtual uint16_t port() const = 0;
   virtual ServerStats stats() const = 0;
-  /// Stops accepting; open exchanges may still complete.
-  virtual void stop_accepting() = 0;
+  /// Answers that come from now on close their connection.
+  virtual void close_after_response() = 0;
+  /// Waits until every response is wholly sent, at most `timeout_ms`. False: some were not.
+  virtual bool wait_sent(int64_t timeout_ms) = 0;
   /// Closes everything and joins the threads. Disconnect callbacks run. Idempotent.
   virtual void stop() = 0;
 };

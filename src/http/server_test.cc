@@ -176,6 +176,89 @@ TEST(HttpServer, AHandlerThatForgetsToAnswerClosesTheConnection) {
   EXPECT_EQ(client.read_to_close(), "");
 }
 
+TEST(HttpServer, TellsASlowClientThatItsTimeIsOver) {
+  ServerConfig config;
+  config.header_timeout_ms = 50;
+  config.body_timeout_ms = 50;
+  auto server = start(echo, config);
+  Client header(server->port());
+  header.send("GET / HTTP/1.1\r\nHost");
+  std::string seen = header.read_to_close();
+  EXPECT_NE(seen.find("HTTP/1.1 408"), std::string::npos) << seen;
+  Client body(server->port());
+  body.send("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab");
+  seen = body.read_to_close();
+  EXPECT_NE(seen.find("HTTP/1.1 408"), std::string::npos) << seen;
+  EXPECT_NE(seen.find("body took longer"), std::string::npos) << seen;
+}
+
+TEST(HttpServer, TargetsMayBeEncodedOrWholeUrls) {
+  auto server = start(echo);
+  Client client(server->port());
+  client.send("\r\nGET HTTP://h:80/a%2Fb%20c%zz?q=%41 HTTP/1.1\r\nHost: h\r\n\r\n");
+  std::string seen = client.read_until("q=%41 ");
+  EXPECT_NE(seen.find("GET /a/b c%zz q=%41 "), std::string::npos) << seen;
+  client.forget();
+  client.send("GET http://h HTTP/1.1\r\nHost: h\r\n\r\n");
+  EXPECT_NE(client.read_until("GET /  ").find("GET /  "), std::string::npos);
+}
+
+TEST(HttpServer, NoticesThatAClientWithBytesUnreadIsGone) {
+  std::promise<void> gone, started;
+  std::shared_ptr<Exchange> kept;
+  auto server = start([&](std::shared_ptr<Exchange> exchange) {
+    exchange->on_disconnect([&] { gone.set_value(); });
+    kept = std::move(exchange);
+    started.set_value();
+  });
+  Client client(server->port());
+  client.send("GET / HTTP/1.1\r\nHost: h\r\n\r\nGET /next HTTP/1.1\r\nHost: h\r\n\r\n");
+  started.get_future().wait();
+  client.close();
+  EXPECT_EQ(gone.get_future().wait_for(std::chrono::seconds(20)), std::future_status::ready);
+  server->stop();
+  kept.reset();
+}
+
+TEST(HttpServer, WaitsUntilTheLastByteIsSent) {
+  std::promise<std::shared_ptr<Exchange>> arrived;
+  auto server = start([&](std::shared_ptr<Exchange> exchange) { arrived.set_value(std::move(exchange)); });
+  Client client(server->port());
+  client.send("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  std::shared_ptr<Exchange> exchange = arrived.get_future().get();
+  EXPECT_EQ(server->stats().active, 1u);
+  EXPECT_FALSE(server->wait_sent(1));
+  exchange->respond({200, "text/plain", std::string(256 << 10, 'x') + "end", {}});
+  EXPECT_TRUE(client.read_until("xend").ends_with("xend"));
+  EXPECT_TRUE(server->wait_sent(20'000));
+  server->stop();
+}
+
+TEST(HttpServer, AnExchangeMayOutliveItsServer) {
+  std::promise<std::shared_ptr<Exchange>> arrived;
+  auto server = start([&](std::shared_ptr<Exchange> exchange) { arrived.set_value(std::move(exchange)); });
+  auto client = std::make_unique<Client>(server->port());
+  client->send("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  std::shared_ptr<Exchange> exchange = arrived.get_future().get();
+  server.reset();
+  exchange->post([] { FAIL() << "there is no server any more"; });
+  exchange->start_stream("text/plain");
+  exchange->write("late");
+  EXPECT_EQ(exchange->request().path, "/");
+  exchange.reset();
+}
+
+TEST(HttpServer, ListensOnIPv6WithAndWithoutBrackets) {
+  for (const char* host : {"::1", "[::1]"}) {
+    ServerConfig config;
+    config.port = 0;
+    config.host = host;
+    auto server = Server::start(config, echo);
+    if (!server.ok() && server.status().message().find("assign") != std::string::npos) GTEST_SKIP() << "no IPv6 here";
+    EXPECT_TRUE(server.ok()) << server.status().to_string();
+  }
+}
+
 TEST(HttpServer, SaysWhichAddressIsTaken) {
   auto server = start(echo);
   ServerConfig config;

@@ -32,7 +32,7 @@ void add_bench_serve(CommandLine& line, CLI::App& bench) {
   app->add_option("--isl", o.isl, "prompt tokens, mean")->capture_default_str();
   app->add_option("--osl", o.osl, "answer tokens, mean")->capture_default_str();
   app->add_option("--spread", o.length_spread, "lengths vary by this share of the mean, 0 to 1")->capture_default_str();
-  app->add_option("-c,--concurrency", o.concurrency, "requests at once")->capture_default_str();
+  CLI::Option* concurrency = app->add_option("-c,--concurrency", o.concurrency, "requests at once; with --rate the most at once [8; with --rate 4096]");
   app->add_option("--rate", o.rate, "requests per second, arriving at random, instead of a fixed concurrency");
   app->add_option("-n,--requests", o.requests, "how many in all")->capture_default_str();
   app->add_option("--duration", o.duration_s, "seconds to run, instead of --requests");
@@ -50,7 +50,8 @@ void add_bench_serve(CommandLine& line, CLI::App& bench) {
   app->add_option("--json", command->json_path, "write the result there as JSON");
   app->add_option("--html", command->html_path, "write a report with pictures there");
   app->add_flag("-q,--quiet", command->quiet, "no progress line");
-  app->callback([&line, command] {
+  app->callback([&line, command, concurrency] {
+    if (command->options.rate > 0 && concurrency->count() == 0) command->options.concurrency = 4096;
     line.action = [command] {
       command->options.progress = !command->quiet;
       Result<ops::BenchServeResult> result = ops::run_bench_serve(command->options);

@@ -110,10 +110,12 @@ Status run(const RouterCommand& command) {
 
   wait_for_stop_signal();
   log_info("stopping: {} requests may finish within {} ms", router->health().requests, command.router.drain_timeout_ms);
+  // Until what runs has ended, the door stays open: who comes is told 503 instead of finding nobody.
   api.set_draining();
-  server->stop_accepting();
+  server->close_after_response();
   router->wait_idle(command.router.drain_timeout_ms);
-  router->stop();
+  router->stop();           // what has not ended gets an error
+  server->wait_sent(2'000);  // the last words may still be on their way
   server->stop();
   return {};
 }

@@ -1,5 +1,6 @@
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
@@ -10,6 +11,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
@@ -43,26 +45,37 @@ struct Child {
   int64_t started_ns = 0;
   int64_t restart_at_ns = 0;  ///< while it is down
   int64_t backoff_ms = 0;
-  int restarts = 0;
+  int early_deaths = 0;       ///< before everything was ready for the first time
 };
 
-/// A folder for the workers' sockets, gone with the process that made it.
+/// A folder for the workers' sockets, gone with the process that made it. A process that is killed leaves its folder
+/// behind; whoever starts next removes it: a live folder's `lock` is locked.
 class SocketFolder {
  public:
   static Result<SocketFolder> create() {
-    const char* base = std::getenv("XDG_RUNTIME_DIR");
-    std::error_code error;
-    std::string pattern = (base != nullptr && std::filesystem::is_directory(base, error) ? std::string(base) : "/tmp") +
-                          "/baton-XXXXXX";
-    if (mkdtemp(pattern.data()) == nullptr) {
-      return unavailable("cannot make a folder for sockets at {}: {}", pattern, std::strerror(errno));
+    std::string tried;
+    for (const std::string& base : places()) {
+      remove_stale(base);
+      std::string path = base + "/baton-XXXXXX";
+      if (mkdtemp(path.data()) == nullptr) {
+        tried += fmt::format("{}{}: {}", tried.empty() ? "" : "; ", base, std::strerror(errno));
+        continue;
+      }
+      SocketFolder folder;
+      folder.path_ = path;
+      // Locked before it has its name: nobody ever finds an unlocked "lock" of a living process.
+      std::string lock = path + "/lock", unnamed = path + "/lock.new";
+      folder.lock_.reset(::open(unnamed.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+      if (!folder.lock_ || flock(folder.lock_.get(), LOCK_EX | LOCK_NB) != 0 || ::rename(unnamed.c_str(), lock.c_str()) != 0) {
+        return unavailable("cannot lock {}: {}", lock, std::strerror(errno));
+      }
+      return folder;
     }
-    SocketFolder folder;
-    folder.path_ = pattern;
-    return folder;
+    return unavailable("cannot make a folder for sockets in XDG_RUNTIME_DIR, TMPDIR or /tmp ({})", tried);
   }
   SocketFolder() = default;
-  SocketFolder(SocketFolder&& other) noexcept : path_(std::exchange(other.path_, {})) {}
+  SocketFolder(SocketFolder&& other) noexcept
+      : path_(std::exchange(other.path_, {})), lock_(std::move(other.lock_)) {}
   SocketFolder& operator=(SocketFolder&&) = delete;
   ~SocketFolder() {
     std::error_code ignored;
@@ -71,8 +84,57 @@ class SocketFolder {
   std::string socket(const std::string& name) const { return "unix:" + path_ + "/" + name + ".sock"; }
 
  private:
+  static std::vector<std::string> places() {
+    std::vector<std::string> result;
+    for (const char* variable : {"XDG_RUNTIME_DIR", "TMPDIR"}) {
+      const char* value = std::getenv(variable);
+      // The path of a Unix socket has room for 107 bytes.
+      if (value != nullptr && value[0] == '/' && std::strlen(value) < 64) result.emplace_back(value);
+    }
+    result.emplace_back("/tmp");
+    return result;
+  }
+
+  /// Removes folders of ours whose process is dead. One without a lock file is left alone for a minute: its process may
+  /// be about to make it.
+  static void remove_stale(const std::string& base) {
+    std::error_code error;
+    for (std::filesystem::directory_iterator it(base, error), end; !error && it != end; it.increment(error)) {
+      const std::filesystem::path& path = it->path();
+      std::string name = path.filename().string();
+      struct stat info {};
+      if (!name.starts_with("baton-") || name.size() != 12 || lstat(path.c_str(), &info) != 0) continue;
+      if (!S_ISDIR(info.st_mode) || info.st_uid != geteuid() || (info.st_mode & 0777) != 0700) continue;
+      FileDescriptor lock(::open((path / "lock").c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW));
+      bool dead = lock ? flock(lock.get(), LOCK_EX | LOCK_NB) == 0 : std::time(nullptr) - info.st_mtime > 60 && only_sockets(path);
+      std::error_code ignored;
+      if (dead) std::filesystem::remove_all(path, ignored);
+    }
+  }
+  static bool only_sockets(const std::filesystem::path& folder) {
+    std::error_code error;
+    for (std::filesystem::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
+      if (!it->is_socket(error)) return false;
+    }
+    return !error;
+  }
+
   std::string path_;
+  FileDescriptor lock_;  // locked as long as this process lives; children don't inherit it
 };
+
+/// The environment without BATON_*: what `serve` makes of those variables it passes on as options, and the rest is
+/// not meant for every child alike.
+std::vector<char*> child_environment() {
+  std::vector<char*> result;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    if (!std::string_view(*entry).starts_with("BATON_")) result.push_back(*entry);
+  }
+  result.push_back(nullptr);
+  return result;
+}
+
+constexpr int kMaxEarlyDeaths = 5;
 
 class Supervisor {
  public:
@@ -97,6 +159,9 @@ class Supervisor {
       if (!ready && WIFEXITED(wait_status)) {
         return unavailable("{} ended while starting ({}); its message is above", child->name, how);
       }
+      if (!ready && ++child->early_deaths >= kMaxEarlyDeaths) {
+        return unavailable("{} died {} times while starting (the last time {})", child->name, kMaxEarlyDeaths, how);
+      }
       int64_t now = SteadyClock::instance().now_ns();
       bool short_life = now - child->started_ns < 10'000'000'000;
       child->backoff_ms = short_life ? std::min<int64_t>(std::max<int64_t>(child->backoff_ms * 2, 100), 10'000) : 100;
@@ -110,7 +175,6 @@ class Supervisor {
     int64_t now = SteadyClock::instance().now_ns();
     for (Child& child : children_) {
       if (child.pid > 0 || now < child.restart_at_ns) continue;
-      ++child.restarts;
       BATON_RETURN_IF_ERROR(start(child));
     }
     return {};
@@ -163,6 +227,7 @@ class Supervisor {
     std::vector<char*> argv;
     for (std::string& argument : child.arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
+    std::vector<char*> environment = child_environment();
     pid_t parent = getpid();
     pid_t pid = fork();
     if (pid < 0) return resource_exhausted("cannot start {}: {}", child.name, std::strerror(errno));
@@ -175,7 +240,7 @@ class Supervisor {
       sigemptyset(&none);
       sigprocmask(SIG_SETMASK, &none, nullptr);
       if (child.pass_fd >= 0) fcntl(child.pass_fd, F_SETFD, 0);
-      execv("/proc/self/exe", argv.data());
+      execve("/proc/self/exe", argv.data(), environment.data());
       _exit(127);
     }
     child.pid = pid;
@@ -226,7 +291,11 @@ std::vector<Child> plan_children(const ServeCommand& command, const SocketFolder
 /// What a person wants to know once it runs: the URL, the paths in use, and a line to try.
 void print_ready(const ServeCommand& command, int port, const std::string& health_text, double seconds) {
   nlohmann::json health = nlohmann::json::parse(health_text, nullptr, false);
-  std::string url = fmt::format("http://{}:{}", command.router.host == "0.0.0.0" ? "127.0.0.1" : command.router.host, port);
+  std::string host = command.router.host;
+  if (host == "0.0.0.0") host = "127.0.0.1";
+  if (host == "::" || host == "[::]") host = "[::1]";
+  if (host.find(':') != std::string::npos && !host.starts_with('[')) host = "[" + host + "]";
+  std::string url = fmt::format("http://{}:{}", host, port);
   std::string model = command.model.name();
   fmt::print("\nBaton is ready after {:.1f} s: {}/v1   model {}\n", seconds, url, model);
   std::string transports;

@@ -11,7 +11,7 @@ namespace baton::cli {
 class HelpFormatter : public CLI::Formatter {
  public:
   std::string make_option_opts(const CLI::Option* option) const override {
-    if (option->get_type_size() == 0) return "";
+    if (option->get_type_size() == 0 || option->get_expected_min() == 0) return "";  // a flag
     std::string type = option->get_type_name();
     std::string value = type.starts_with("INT") || type.starts_with("UINT") || type.starts_with("FLOAT") ? " N" : " VALUE";
     if (option->get_expected_max() > 1) value += " ...";

@@ -1,5 +1,8 @@
+#include <sys/resource.h>
+
 #include <cctype>
 #include <cstdio>
+#include <cstdlib>
 
 #include "base/log.h"
 #include "main/cli.h"
@@ -7,17 +10,40 @@
 
 namespace {
 
+std::string environment_name(const std::string& option) {
+  std::string name = "BATON_";
+  for (char c : option) name += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  return name;
+}
+
 /// Every long option can be set as BATON_<NAME>: --max-model-len is BATON_MAX_MODEL_LEN.
 void name_environment_variables(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
     if (option->get_lnames().empty() || option->get_lnames()[0] == "help" || option->get_lnames()[0] == "config") continue;
-    std::string name = "BATON_";
-    for (char c : option->get_lnames()[0]) {
-      name += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-    }
-    option->envname(name);
+    option->envname(environment_name(option->get_lnames()[0]));
   }
   for (CLI::App* subcommand : app.get_subcommands({})) name_environment_variables(*subcommand);
+}
+
+/// CLI11 lets the file win over the environment; here it is the other way round, so that a variable can change what a
+/// mounted file says.
+class EnvironmentFirstConfig : public CLI::ConfigTOML {
+ public:
+  std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
+    std::vector<CLI::ConfigItem> items = CLI::ConfigTOML::from_config(input);
+    std::erase_if(items, [](const CLI::ConfigItem& item) {
+      return item.name != "++" && item.name != "--" && std::getenv(environment_name(item.name).c_str()) != nullptr;
+    });
+    return items;
+  }
+};
+
+/// Each client is a file descriptor, and the usual soft limit of 1024 is for programs that use select().
+void raise_descriptor_limit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
+  limit.rlim_cur = limit.rlim_max == RLIM_INFINITY ? 1 << 20 : limit.rlim_max;
+  (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 }  // namespace
@@ -25,7 +51,9 @@ void name_environment_variables(CLI::App& app) {
 int main(int argc, char** argv) {
   baton::cli::CommandLine line;
   line.app.require_subcommand(1);
+  line.app.allow_config_extras(CLI::config_extras_mode::error);  // a misspelt option must not pass unnoticed
   line.app.set_config("--config", "", "TOML file with options, a [section] per command");
+  line.app.config_formatter(std::make_shared<EnvironmentFirstConfig>());
   line.app.fallthrough();
   line.app.formatter(std::make_shared<baton::cli::HelpFormatter>());
   line.app.get_formatter()->column_width(36);
@@ -47,8 +75,9 @@ int main(int argc, char** argv) {
   try {
     line.app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return line.app.exit(error);
+    return line.app.exit(error) == 0 ? 0 : 2;
   }
+  raise_descriptor_limit();
   baton::LogLevel level = baton::LogLevel::kInfo;
   baton::parse_log_level(log_level, &level);
   baton::set_log_level(level);

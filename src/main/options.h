@@ -57,7 +57,7 @@ struct RouterFlags {
   std::string host = "127.0.0.1";
   int32_t port = 8000;
   std::string policy = "least-loaded";
-  int32_t http_threads = 1;
+  int32_t http_threads = 2;
   int32_t max_requests = 4096;
   int32_t max_connections = 4096;
   int32_t max_attempts = 4;

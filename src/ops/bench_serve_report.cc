@@ -53,6 +53,23 @@ Series cumulative(const char* name, std::vector<double> values) {
   return series;
 }
 
+// A picture of a long run must not be larger than one of a short run.
+constexpr size_t kMaxDots = 2000;
+constexpr size_t kMaxBins = 300;
+
+/// At most kMaxDots of `points`, evenly spread; never without the highest of the points that one stands for.
+Series thinned(Series series) {
+  size_t step = (series.points.size() + kMaxDots - 1) / kMaxDots;
+  if (step <= 1) return series;
+  Series result{series.name, {}};
+  for (size_t begin = 0; begin < series.points.size(); begin += step) {
+    auto first = series.points.begin() + static_cast<int64_t>(begin);
+    auto last = series.points.begin() + static_cast<int64_t>(std::min(begin + step, series.points.size()));
+    result.points.push_back(*std::max_element(first, last, [](auto a, auto b) { return a.second < b.second; }));
+  }
+  return result;
+}
+
 }  // namespace
 
 std::string bench_serve_table(const BenchServeResult& result) {
@@ -93,7 +110,9 @@ std::string bench_serve_json(const BenchServeResult& result) {
 std::string bench_serve_html(const BenchServeResult& result) {
   const BenchServeOptions& o = result.options;
   std::vector<double> ttft, itl, e2e;
-  std::vector<double> tokens_per_s(static_cast<size_t>(result.wall_s) + 1, 0.0);
+  double bin_s = std::max(1.0, std::ceil(result.wall_s / static_cast<double>(kMaxBins)));
+  if (result.wall_s < 10) bin_s = std::max(0.05, result.wall_s / 20);
+  std::vector<double> tokens_per_s(static_cast<size_t>(result.wall_s / bin_s) + 1, 0.0);
   Series scatter{"TTFT of each request", {}};
   for (const RequestRecord& record : result.records) {
     if (!record.ok) continue;
@@ -102,8 +121,8 @@ std::string bench_serve_html(const BenchServeResult& result) {
     scatter.points.push_back({record.start_s, ttft.back()});
     double time_s = record.first_s;
     auto count = [&] {
-      size_t second = static_cast<size_t>(std::max(0.0, time_s));
-      if (second < tokens_per_s.size()) tokens_per_s[second] += 1;
+      size_t bin = static_cast<size_t>(std::max(0.0, time_s) / bin_s);
+      if (bin < tokens_per_s.size()) tokens_per_s[bin] += 1 / bin_s;
     };
     count();
     for (float gap : record.gaps_s) {
@@ -113,8 +132,9 @@ std::string bench_serve_html(const BenchServeResult& result) {
     }
   }
   Series timeline{"output tokens/s", {}};
-  for (size_t second = 0; second + 1 < tokens_per_s.size(); ++second) {
-    timeline.points.push_back({static_cast<double>(second) + 0.5, tokens_per_s[second]});
+  // The last bin is shorter than the others: it would show a drop that was none.
+  for (size_t bin = 0; bin + 1 < tokens_per_s.size(); ++bin) {
+    timeline.points.push_back({(static_cast<double>(bin) + 0.5) * bin_s, tokens_per_s[bin]});
   }
   std::string table = "<table><tr><th></th><th>mean</th><th>p50</th><th>p90</th><th>p95</th><th>p99</th><th>max</th></tr>";
   for (const Row& row : rows(result)) {
@@ -138,7 +158,7 @@ std::string bench_serve_html(const BenchServeResult& result) {
       svg_chart({"Time to first token", "ms", "% of requests"}, {cumulative("TTFT", ttft)}),
       svg_chart({"Gap between tokens", "ms", "% of gaps"}, {cumulative("ITL", itl)}),
       svg_chart({"Throughput", "s", "tokens/s"}, {timeline}),
-      svg_chart({"TTFT over the run", "s", "ms", true}, {scatter}));
+      svg_chart({"TTFT over the run", "s", "ms", true}, {thinned(std::move(scatter))}));
 }
 
 }  // namespace baton::ops

@@ -1,5 +1,6 @@
 #include "ops/http_client.h"
 
+#include <algorithm>
 #include <array>
 #include <boost/asio/redirect_error.hpp>
 #include <boost/asio/use_awaitable.hpp>
@@ -21,9 +22,16 @@ Result<Url> Url::parse(const std::string& url) {
   std::string rest = url.substr(kScheme.size());
   rest = rest.substr(0, rest.find('/'));
   Url result;
-  size_t colon = rest.rfind(':');
-  result.host = rest.substr(0, colon);
-  result.port = colon == std::string::npos ? "80" : rest.substr(colon + 1);
+  if (rest.starts_with('[')) {  // an IPv6 address
+    size_t close = rest.find(']');
+    if (close == std::string::npos) return invalid_argument("'{}' has a [ without its ]", url);
+    result.host = rest.substr(1, close - 1);
+    result.port = rest.size() == close + 1 ? "80" : rest.substr(std::min(close + 2, rest.size()));
+  } else {
+    size_t colon = rest.rfind(':');
+    result.host = rest.substr(0, colon);
+    result.port = colon == std::string::npos ? "80" : rest.substr(colon + 1);
+  }
   if (result.host.empty() || result.port.empty()) return invalid_argument("'{}' names no host or port", url);
   return result;
 }
@@ -62,7 +70,8 @@ asio::awaitable<HttpClient::Reply> HttpClient::request(HttpClient& client, std::
     client.connected_ = true;
   }
   beast::http::request<beast::http::string_body> message(beast::http::string_to_verb(method), path, 11);
-  message.set(beast::http::field::host, client.url_.host);
+  bool ipv6 = client.url_.host.find(':') != std::string::npos;
+  message.set(beast::http::field::host, (ipv6 ? "[" + client.url_.host + "]" : client.url_.host) + ":" + client.url_.port);
   message.set(beast::http::field::content_type, "application/json");
   message.keep_alive(true);
   message.body() = std::move(body);

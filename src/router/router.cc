@@ -141,6 +141,7 @@ struct Router::Impl {
     }
     {
       std::lock_guard lock(mutex);
+      max_model_len.store(fresh.max_model_len, std::memory_order_relaxed);
       health = std::move(fresh);
       metrics = std::move(fresh_metrics);
       stats = core.stats();
@@ -151,6 +152,7 @@ struct Router::Impl {
   const int64_t max_requests;
   BoundedQueue<Mail> mailbox{kMailboxCapacity};
   std::atomic<int64_t> inside{0};
+  std::atomic<int32_t> max_model_len{0};
   RouterCore core;
   std::unordered_set<uint64_t> live;  // router thread only
   int64_t next_tick_ns = 0;
@@ -193,6 +195,8 @@ RouterHealth Router::health() const {
   std::lock_guard lock(impl_->mutex);
   return impl_->health;
 }
+
+int32_t Router::max_model_len() const { return impl_->max_model_len.load(std::memory_order_relaxed); }
 
 RouterStats Router::stats() const {
   std::lock_guard lock(impl_->mutex);

@@ -123,6 +123,7 @@ class RouterCore {
     RouterEvent event;
   };
 
+  /// True when the request is taken care of: sent to a worker, or ended (and gone) because no worker may be sent it.
   bool dispatch(RequestState& request);
   bool send_generate(RequestState& request, WorkerEntry& worker);
   void detach(RequestState& request);
@@ -165,6 +166,8 @@ class Router {
   Result<uint64_t> submit(RouterRequest request, RouterEventSink sink);
   void cancel(uint64_t request);
   RouterHealth health() const;
+  /// The smallest context length of the ready workers; 0 while there is none. Costs nothing.
+  int32_t max_model_len() const;
   RouterStats stats() const;
   /// Each ready worker's name and what it last sent of its metrics (see protocol/metrics_codec.h).
   std::vector<std::pair<std::string, std::string>> worker_metrics() const;

@@ -64,6 +64,10 @@ Status RouterConfig::validate() const {
     return invalid_argument("timeouts must be positive (queue {} ms, request {} ms)", queue_timeout_ms,
                             request_timeout_ms);
   }
+  if (request_timeout_ms > protocol::kMaxTimeoutMs || queue_timeout_ms > protocol::kMaxTimeoutMs) {
+    return invalid_argument("timeouts can be {} ms at most (queue {} ms, request {} ms)", protocol::kMaxTimeoutMs,
+                            queue_timeout_ms, request_timeout_ms);
+  }
   if (reconnect_min_ms < 1 || reconnect_max_ms < reconnect_min_ms) {
     return invalid_argument("reconnect times must be 1 <= min <= max (are {} and {} ms)",
                             reconnect_min_ms, reconnect_max_ms);
@@ -161,6 +165,12 @@ bool RouterCore::send_generate(RequestState& request, WorkerEntry& worker) {
     protocol::PrefillCandidate* entry = generate->add_prefill();
     entry->set_address(candidate->address);
     entry->set_epoch(candidate->hello.epoch());
+  }
+  // A worker takes a frame beyond the protocol's limits for a broken peer and closes the channel, with all requests
+  // on it. No client may bring that about.
+  if (Status valid = protocol::validate_frame(frame, protocol::Sender::kRouter); !valid.ok()) {
+    end(request, invalid_argument("the request is beyond what workers take: {}", valid.message()));
+    return true;
   }
   Status sent = worker.channel->send(frame);
   if (!sent.ok()) {
@@ -351,6 +361,9 @@ void RouterCore::on_token(WorkerEntry& worker, protocol::TokenOutput&& output) {
   }
   if (output.has_token()) {
     if (output.index() != static_cast<int64_t>(request.generated.size())) {
+      protocol::Frame cancel;
+      cancel.mutable_cancel()->set_request(request.id);
+      ignore_status(worker.channel->send(cancel));
       start_again(request, internal_error("worker {} sent token {} where {} was due", worker_label(worker),
                                           output.index(), request.generated.size()));
       return;

@@ -194,6 +194,29 @@ TEST_F(RouterTest, SendsARequestToTheDecodeWorkerWithItsPrefillCandidates) {
   EXPECT_EQ(core_->health().requests, 0);
 }
 
+// A worker closes the channel on a frame beyond the protocol's limits, and every request on it suffers.
+TEST_F(RouterTest, NeverSendsWhatAWorkerWouldTakeForABrokenPeer) {
+  FakeWorker& decode = add_worker("d", protocol::ROLE_DECODE);
+  start({"d"});
+  RouterRequest request;
+  request.prompt = {1};
+  request.sampling.set_max_tokens(5);
+  request.sampling.set_top_k(INT32_MAX);
+  Outcome outcome;
+  ASSERT_TRUE(core_->submit(9, request, [&](RouterEvent&& event) {
+    ++outcome.finished;
+    outcome.status = event.status;
+  }).ok());
+  pump();
+  EXPECT_EQ(outcome.finished, 1);
+  EXPECT_EQ(outcome.status.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(outcome.status.message().find("top_k"), std::string::npos) << outcome.status.message();
+  EXPECT_TRUE(decode.requests.empty());
+  EXPECT_EQ(core_->health().requests, 0);
+  submit(1);
+  EXPECT_EQ(decode.requests.count(1), 1u);
+}
+
 TEST_F(RouterTest, DeliversAllTokensOfAFrameThatAlsoEndsTheRequest) {
   FakeWorker& decode = add_worker("d", protocol::ROLE_DECODE);
   start({"d"});

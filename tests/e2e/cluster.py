@@ -63,7 +63,7 @@ class Cluster:
     def _is_ready(self):
         alive = self._read()
         for line in self.log:
-            match = re.search(r"Baton is ready after .*: http://[^:]+:(\d+)/v1", line)
+            match = re.search(r"Baton is ready after .*: http://\S+:(\d+)/v1", line)
             if match:
                 self.port = int(match.group(1))
         if self.port is None and (not alive or self.process.poll() is not None):
