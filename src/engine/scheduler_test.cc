@@ -1,5 +1,6 @@
 #include "engine/scheduler.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <string>
@@ -13,12 +14,12 @@ std::string show(const Plan& plan) {
   const auto slices = [&](const char* name, const std::vector<Plan::Slice>& list) {
     if (list.empty()) return;
     text += text.empty() ? name : std::string(" | ") + name;
-    for (const Plan::Slice& slice : list) text += " " + std::to_string(slice.index) + ":" + std::to_string(slice.rows);
+    for (const Plan::Slice& slice : list) text += fmt::format(" {}:{}", slice.index, slice.rows);
   };
   const auto indices = [&](const char* name, const std::vector<int32_t>& list) {
     if (list.empty()) return;
     text += text.empty() ? name : std::string(" | ") + name;
-    for (int32_t index : list) text += " " + std::to_string(index);
+    for (int32_t index : list) text += fmt::format(" {}", index);
   };
   slices("run", plan.running);
   slices("admit", plan.admitted);
