@@ -48,7 +48,7 @@ class CaseReader {
   }
   std::vector<int32_t> ids(uint32_t count) {
     std::vector<int32_t> out(count);
-    std::memcpy(out.data(), bytes_.data() + at_, count * sizeof(int32_t));
+    if (count > 0) std::memcpy(out.data(), bytes_.data() + at_, count * sizeof(int32_t));
     at_ += count * sizeof(int32_t);
     return out;
   }
