@@ -30,3 +30,7 @@ if(BATON_SANITIZE)
   add_compile_options(-fsanitize=${BATON_SANITIZE} -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${BATON_SANITIZE})
 endif()
+if(BATON_FUZZERS)
+  # The libraries, too: without it libFuzzer sees nothing of what it drives.
+  add_compile_options(-fsanitize=fuzzer-no-link)
+endif()
