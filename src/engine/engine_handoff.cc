@@ -99,9 +99,8 @@ void EngineImpl::abandon(RequestId id, bool quarantine) {
   Sequence* sequence = find(id);
   if (sequence == nullptr || sequence->state != Sequence::State::kReserved) return;
   if (quarantine) {
-    const auto granted = sequence->table.begin() + sequence->reserved_cached_blocks;
-    std::vector<BlockId> blocks(granted, sequence->table.end());
-    sequence->table.erase(granted, sequence->table.end());
+    std::vector<BlockId> blocks(sequence->table.begin() + sequence->reserved_cached_blocks, sequence->table.end());
+    sequence->table.resize(static_cast<size_t>(sequence->reserved_cached_blocks));
     if (!blocks.empty()) {
       blocks_.quarantine(blocks);
       quarantined_.emplace(id, std::move(blocks));
