@@ -276,7 +276,9 @@ class GrpcChannel : public Channel, public std::enable_shared_from_this<GrpcChan
     Status status = std::move(final_status_);
     bool report = report_closed_;
     lock.unlock();
-    if (report) handler_->on_closed(self, std::move(status));
+    // The handler's captures may own this channel through what they were told: they go with the last call.
+    std::shared_ptr<const ChannelHandler> handler = std::move(handler_);
+    if (report) handler->on_closed(self, std::move(status));
     set_.erase(self);
     Poller& poller = poller_;
     self.reset();  // before the network may go away

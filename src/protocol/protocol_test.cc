@@ -32,7 +32,7 @@ Frame cancel_frame(uint64_t request) {
   return frame;
 }
 
-/// Collects what one side hears; wait_* block until it is there.
+/// Collects what one side hears; wait_* block until it is there. Must outlive the network.
 class Recorder {
  public:
   ChannelHandler handler() {
@@ -95,8 +95,8 @@ class GrpcNetworkTest : public ::testing::TestWithParam<std::string> {
 };
 
 TEST_P(GrpcNetworkTest, CarriesFramesInOrderBothWays) {
-  auto network = make_grpc_network();
   Recorder server, client;
+  auto network = make_grpc_network();
   server.set_reply(echo);
   auto listener = network->listen(address(), server.handler());
   ASSERT_TRUE(listener.ok()) << listener.status().to_string();
@@ -115,8 +115,8 @@ TEST_P(GrpcNetworkTest, CarriesFramesInOrderBothWays) {
 }
 
 TEST_P(GrpcNetworkTest, ManyChannelsAreServedAtOnce) {
-  auto network = make_grpc_network();
   Recorder server, client;
+  auto network = make_grpc_network();
   server.set_reply(echo);
   auto listener = network->listen(address(), server.handler());
   ASSERT_TRUE(listener.ok());
@@ -133,8 +133,8 @@ INSTANTIATE_TEST_SUITE_P(Addresses, GrpcNetworkTest, ::testing::Values("tcp", "u
                          [](const auto& info) { return info.param; });
 
 TEST(GrpcNetwork, CloseDeliversWhatWasQueued) {
-  auto network = make_grpc_network();
   Recorder server, client;
+  auto network = make_grpc_network();
   auto listener = network->listen("127.0.0.1:0", server.handler());
   ASSERT_TRUE(listener.ok());
   server.set_reply([](Channel& channel, const Frame&) {
@@ -149,14 +149,14 @@ TEST(GrpcNetwork, CloseDeliversWhatWasQueued) {
 }
 
 TEST(GrpcNetwork, RefusedConnectionIsReported) {
+  Recorder client;
   auto network = make_grpc_network();
   std::string address;
   {
-    auto listener = network->listen("127.0.0.1:0", Recorder().handler());
+    auto listener = network->listen("127.0.0.1:0", {});
     ASSERT_TRUE(listener.ok());
     address = (*listener)->address();
   }
-  Recorder client;
   auto channel = network->connect(address, client.handler());
   ignore_status(channel->send(cancel_frame(1)));
   ASSERT_TRUE(client.wait_closed());
@@ -174,8 +174,8 @@ TEST(GrpcNetwork, SilentPeerIsReportedAfterTheTimeout) {
   ASSERT_EQ(::bind(socket_fd.get(), reinterpret_cast<sockaddr*>(&bound), length), 0);
   ASSERT_EQ(::listen(socket_fd.get(), 8), 0);
   ASSERT_EQ(::getsockname(socket_fd.get(), reinterpret_cast<sockaddr*>(&bound), &length), 0);
-  auto network = make_grpc_network();
   Recorder client;
+  auto network = make_grpc_network();
   auto channel =
       network->connect(fmt::format("127.0.0.1:{}", ntohs(bound.sin_port)), client.handler(), /*connect_timeout_ms=*/50);
   ASSERT_TRUE(client.wait_closed());
@@ -183,8 +183,8 @@ TEST(GrpcNetwork, SilentPeerIsReportedAfterTheTimeout) {
 }
 
 TEST(GrpcNetwork, PortInUseIsAnError) {
-  auto network = make_grpc_network();
   Recorder server;
+  auto network = make_grpc_network();
   auto first = network->listen("127.0.0.1:0", server.handler());
   ASSERT_TRUE(first.ok());
   auto second = network->listen((*first)->address(), server.handler());
@@ -193,8 +193,8 @@ TEST(GrpcNetwork, PortInUseIsAnError) {
 }
 
 TEST(GrpcNetwork, ListenerGoesWhileChannelsAreOpen) {
-  auto network = make_grpc_network();
   Recorder server, client;
+  auto network = make_grpc_network();
   server.set_reply(echo);
   auto listener = network->listen("127.0.0.1:0", server.handler());
   ASSERT_TRUE(listener.ok());
@@ -219,9 +219,9 @@ TEST(GrpcNetwork, QueueAndFrameAreBounded) {
   ChannelLimits limits;
   limits.max_frame_bytes = 1 << 20;
   limits.max_queued_bytes = 1 << 20;
-  auto network = make_grpc_network(limits);
-  Recorder server, client;
   std::mutex gate;
+  Recorder server, client;
+  auto network = make_grpc_network(limits);
   server.set_reply([&](Channel&, const Frame&) { std::lock_guard wait(gate); });
   auto listener = network->listen("127.0.0.1:0", server.handler());
   ASSERT_TRUE(listener.ok());
@@ -268,8 +268,8 @@ TEST(GrpcNetwork, KilledProcessClosesItsChannels) {
   write_end.reset();
   std::string address(64, '\0');
   address.resize(static_cast<size_t>(std::max<ssize_t>(0, ::read(read_end.get(), address.data(), address.size()))));
-  auto network = make_grpc_network();
   Recorder client;
+  auto network = make_grpc_network();
   auto channel = network->connect(address, client.handler());
   EXPECT_TRUE(channel->send(cancel_frame(1)).ok());
   EXPECT_TRUE(client.wait_frames(1));

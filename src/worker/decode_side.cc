@@ -179,7 +179,9 @@ bool DecodeSide::try_start_remote(ClientRequest& request, PrefillPeer& peer, boo
   ++context_.next_id;
   const int32_t first_block = reservation->cached_tokens / layout.block_tokens;
   auto tag = context_.transfer.open_inbox();
-  if (request.tokens - reservation->cached_tokens < context_.config.local_prefill_tokens || !tag.ok()) {
+  // At least one: a prompt whose blocks are all cached here leaves a prefill worker nothing to write.
+  const int32_t worth_sending = std::max(1, context_.config.local_prefill_tokens);
+  if (request.tokens - reservation->cached_tokens < worth_sending || !tag.ok()) {
     if (!tag.ok()) log_warning("prefilling here, no inbox: {}", tag.status().message());
     if (tag.ok()) context_.transfer.close_inbox(*tag);
     engine.abandon(RequestId{attempt}, false);

@@ -11,6 +11,7 @@ bool Mailbox::post_frame(std::shared_ptr<protocol::Channel> channel, protocol::F
   size_t bytes = frame.ByteSizeLong();
   {
     std::lock_guard lock(mutex_);
+    if (closed_) return true;
     if (frame_bytes_ > 0 && frame_bytes_ + bytes > max_frame_bytes_) return false;
     frame_bytes_ += bytes;
     events_.push_back(FrameArrived{std::move(channel), std::move(frame)});
@@ -22,6 +23,7 @@ bool Mailbox::post_frame(std::shared_ptr<protocol::Channel> channel, protocol::F
 void Mailbox::post(Event event) {
   {
     std::lock_guard lock(mutex_);
+    if (closed_) return;
     events_.push_back(std::move(event));
   }
   not_empty_.notify_one();
@@ -43,6 +45,15 @@ void Mailbox::wake() {
     woken_ = true;
   }
   not_empty_.notify_one();
+}
+
+void Mailbox::close() {
+  std::vector<Event> events;  // they own channels, so they go after the lock
+  {
+    std::lock_guard lock(mutex_);
+    closed_ = true;
+    events.swap(events_);
+  }
 }
 
 protocol::ChannelHandler Mailbox::handler(std::shared_ptr<Mailbox> mailbox) {

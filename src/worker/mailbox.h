@@ -51,6 +51,8 @@ class Mailbox {
   std::vector<Event> take(int64_t timeout_ms);
   /// Ends one wait.
   void wake();
+  /// Nobody takes any more: drops what there is and all that comes.
+  void close();
 
   /// What a channel's owner passes to listen() and connect(): everything goes into `mailbox`.
   static protocol::ChannelHandler handler(std::shared_ptr<Mailbox> mailbox);
@@ -62,6 +64,7 @@ class Mailbox {
   std::vector<Event> events_;
   size_t frame_bytes_ = 0;
   bool woken_ = false;
+  bool closed_ = false;
 };
 
 }  // namespace baton::worker

@@ -95,6 +95,7 @@ class WorkerImpl final : public Worker {
       thread_.join();
     }
     listener_.reset();
+    mailbox_->close();
   }
 
   WorkerHealth health() const override {
