@@ -267,6 +267,7 @@ void Api::handle(std::shared_ptr<Exchange> exchange) {
     error.http_status = 405;
     error.message = fmt::format("{} takes {}, not {}", path, is_get ? "GET" : "POST", request.method);
     HttpResponse response{405, "application/json", render_error(error), {{"Allow", is_get ? "GET, HEAD" : "POST"}}};
+    context_->metrics.requests.Add({{"endpoint", "other"}, {"code", "405"}}).Increment();
     return exchange->respond(std::move(response));
   }
   if (path == "/v1/completions") return handle_completion(*context_, std::move(exchange), false);

@@ -41,16 +41,20 @@ std::vector<Row> rows(const BenchServeResult& result) {
   return {{"TTFT ms", result.ttft_ms}, {"ITL ms", result.itl_ms}, {"TPOT ms", result.tpot_ms}, {"E2E ms", result.e2e_ms}};
 }
 
-/// Share of values at or below x, as points for a picture.
-Series cumulative(const char* name, std::vector<double> values) {
+/// A picture of the share of values at or below x. Of many values it ends at the 99.5th percentile: one straggler would
+/// press all others against the axis; the table has the maximum.
+std::string cumulative_chart(const char* title, const char* of_what, std::vector<double> values) {
   std::sort(values.begin(), values.end());
-  Series series{name, {}};
-  size_t step = std::max<size_t>(1, values.size() / 400);
-  for (size_t i = 0; i < values.size(); i += step) {
+  bool many = values.size() >= 200;
+  size_t shown = many ? values.size() * 995 / 1000 : values.size();
+  Series series{title, {}};
+  size_t step = std::max<size_t>(1, shown / 400);
+  auto add = [&](size_t i) {
     series.points.push_back({values[i], 100.0 * static_cast<double>(i + 1) / static_cast<double>(values.size())});
-  }
-  if (!values.empty()) series.points.push_back({values.back(), 100.0});
-  return series;
+  };
+  for (size_t i = 0; i < shown; i += step) add(i);
+  if (shown > 0) add(shown - 1);
+  return svg_chart({title, many ? "ms (up to the 99.5th percentile)" : "ms", fmt::format("% of {} at most so long", of_what)}, {series});
 }
 
 // A picture of a long run must not be larger than one of a short run.
@@ -109,7 +113,7 @@ std::string bench_serve_json(const BenchServeResult& result) {
 
 std::string bench_serve_html(const BenchServeResult& result) {
   const BenchServeOptions& o = result.options;
-  std::vector<double> ttft, itl, e2e;
+  std::vector<double> ttft, itl;
   double bin_s = std::max(1.0, std::ceil(result.wall_s / static_cast<double>(kMaxBins)));
   if (result.wall_s < 10) bin_s = std::max(0.05, result.wall_s / 20);
   std::vector<double> tokens_per_s(static_cast<size_t>(result.wall_s / bin_s) + 1, 0.0);
@@ -117,7 +121,6 @@ std::string bench_serve_html(const BenchServeResult& result) {
   for (const RequestRecord& record : result.records) {
     if (!record.ok) continue;
     ttft.push_back((record.first_s - record.start_s) * 1e3);
-    e2e.push_back((record.end_s - record.start_s) * 1e3);
     scatter.points.push_back({record.start_s, ttft.back()});
     double time_s = record.first_s;
     auto count = [&] {
@@ -155,10 +158,10 @@ std::string bench_serve_html(const BenchServeResult& result) {
       escape_html(result.model), escape_html(o.url), o.isl, o.osl, load_name(o), result.succeeded, result.failed,
       result.disconnected, result.wall_s, result.requests_per_s, result.output_tokens_per_s, result.total_tokens_per_s,
       result.goodput_per_s, table, errors,
-      svg_chart({"Time to first token", "ms", "% of requests"}, {cumulative("TTFT", ttft)}),
-      svg_chart({"Gap between tokens", "ms", "% of gaps"}, {cumulative("ITL", itl)}),
-      svg_chart({"Throughput", "s", "tokens/s"}, {timeline}),
-      svg_chart({"TTFT over the run", "s", "ms", true}, {thinned(std::move(scatter))}));
+      cumulative_chart("Time to first token", "requests", std::move(ttft)),
+      cumulative_chart("Gap between tokens", "gaps", std::move(itl)),
+      svg_chart({"Throughput", "seconds into the run", "output tokens/s"}, {timeline}),
+      svg_chart({"Time to first token over the run", "seconds into the run", "ms", true}, {thinned(std::move(scatter))}));
 }
 
 }  // namespace baton::ops

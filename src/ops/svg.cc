@@ -53,6 +53,7 @@ std::string svg_chart(const ChartLabels& labels, const std::vector<Series>& seri
                        "<text x=\"{3}\" y=\"{4:.1f}\" text-anchor=\"end\" fill=\"#555\">{5:g}</text>",
                        kLeft, kWidth - kRight, py(y), kLeft - 6, py(y) + 4, y);
   }
+  out += fmt::format("<path d=\"M{} {}V{}H{}\" fill=\"none\" stroke=\"#999\"/>", kLeft, kTop, kHeight - kBottom, kWidth - kRight);
   out += fmt::format("<text x=\"{:.0f}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">{}</text>"
                      "<text transform=\"translate(14 {:.0f}) rotate(-90)\" text-anchor=\"middle\" fill=\"#555\">{}</text>",
                      (kLeft + kWidth - kRight) / 2, kHeight - 10, labels.x, (kTop + kHeight - kBottom) / 2, labels.y);

@@ -73,7 +73,7 @@ struct Router::Impl {
       int64_t now = SteadyClock::instance().now_ns();
       if (now >= next_tick_ns) {
         core.tick();
-        publish();
+        publish(false);
         next_tick_ns = core.next_tick_ns();
       }
     }
@@ -124,26 +124,29 @@ struct Router::Impl {
   }
   void handle(FrameArrived& mail) {
     bool changes_health = mail.frame.has_hello() || mail.frame.has_load();
+    bool changes_metrics = mail.frame.has_hello() || !mail.frame.load().metrics().empty();
     core.on_frame(mail.channel, std::move(mail.frame));
-    if (changes_health) publish();
+    if (changes_health) publish(changes_metrics);
   }
   void handle(ChannelClosed& mail) {
     core.on_closed(mail.channel, mail.status);
     publish();
   }
 
-  void publish() {
+  /// Lets other threads see what has changed. The workers' metrics are much text and come once a second; health changes
+  /// many times a second.
+  void publish(bool with_metrics = true) {
     RouterHealth fresh = core.health();
     std::vector<std::pair<std::string, std::string>> fresh_metrics;
     for (const auto& worker : core.registry().entries()) {
-      if (worker->metrics.empty()) continue;
+      if (!with_metrics || worker->metrics.empty()) continue;
       fresh_metrics.emplace_back(worker->hello.name().empty() ? worker->address : worker->hello.name(), worker->metrics);
     }
     {
       std::lock_guard lock(mutex);
       max_model_len.store(fresh.max_model_len, std::memory_order_relaxed);
       health = std::move(fresh);
-      metrics = std::move(fresh_metrics);
+      if (with_metrics) metrics = std::move(fresh_metrics);
       stats = core.stats();
     }
     changed.notify_all();

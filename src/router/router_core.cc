@@ -23,6 +23,14 @@ Status from_message(const protocol::StatusMessage& message) {
   return Status(static_cast<StatusCode>(code), message.message());
 }
 
+/// Which model a worker has loaded, whatever name it serves it under: part of its layout's fingerprint.
+std::string_view model_identity(const protocol::Hello& hello) {
+  constexpr std::string_view kField = " model=";
+  std::string_view fingerprint = hello.fingerprint();
+  size_t at = fingerprint.find(kField);
+  return at == std::string_view::npos ? std::string_view() : fingerprint.substr(at + kField.size());
+}
+
 std::string worker_label(const WorkerEntry& worker) {
   if (worker.hello.name().empty()) return worker.address;
   return fmt::format("{} ({})", worker.hello.name(), worker.address);
@@ -316,6 +324,15 @@ void RouterCore::on_hello(WorkerEntry& worker, protocol::Hello&& hello) {
     refused = failed_precondition("it serves model '{}', this router '{}'", hello.model(),
                                   config_.served_model_name);
   }
+  // Equal names don't make equal models: another one's tokens must not go on a stream that this one began.
+  for (const auto& other : registry_.entries()) {
+    if (!refused.ok() || other.get() == &worker || other->state != WorkerState::kReady) continue;
+    std::string_view here = model_identity(hello), there = model_identity(other->hello);
+    if (!here.empty() && !there.empty() && here != there) {
+      refused = failed_precondition("under the name '{}' it holds the model {}, but worker {} holds {}", hello.model(), here,
+                                    worker_label(*other), there);
+    }
+  }
   if (!refused.ok()) {
     worker.hello = std::move(hello);
     lose_worker(worker, WorkerState::kRefused, refused);
@@ -548,12 +565,12 @@ RouterHealth RouterCore::health() const {
   } else {
     was_ready_ = true;
     health.ready = true;
-    if (!disaggregated) {
-      health.degraded = true;
-      health.why_not = "decode workers prefill by themselves: no prefill worker is paired";
-    } else if (!has_decode) {
+    if (!has_decode) {
       health.degraded = true;
       health.why_not = "prefill workers also decode: no decode worker is here";
+    } else if (!disaggregated) {
+      health.degraded = true;
+      health.why_not = "decode workers prefill by themselves: no prefill worker is paired";
     }
   }
   return health;

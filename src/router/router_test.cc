@@ -33,6 +33,7 @@ class FakeWorker {
     listener_ = network.process(name_).listen(name_, handler).value();
   }
 
+  void holds(const std::string& model) { hello_.mutable_hello()->set_fingerprint("kv version=1 model=" + model); }
   void send_token(uint64_t request, bool finish = false) {
     const protocol::Generate& generate = requests.at(request);
     int index = generate.generated_size() + sent[request]++;
@@ -192,6 +193,18 @@ TEST_F(RouterTest, SendsARequestToTheDecodeWorkerWithItsPrefillCandidates) {
   EXPECT_EQ(outcomes_[7].finished, 1);
   EXPECT_TRUE(outcomes_[7].status.ok());
   EXPECT_EQ(core_->health().requests, 0);
+}
+
+TEST_F(RouterTest, RefusesAnotherModelUnderTheSameName) {
+  add_worker("a", protocol::ROLE_DECODE).holds("one");
+  FakeWorker& other = add_worker("b", protocol::ROLE_DECODE);
+  other.holds("two");
+  start({"a", "b"});
+  const WorkerEntry& refused = *core_->registry().by_address("b");
+  EXPECT_EQ(refused.state, WorkerState::kRefused);
+  EXPECT_NE(refused.why_not.find("holds the model two, but worker a (a) holds one"), std::string::npos) << refused.why_not;
+  for (uint64_t id = 1; id <= 4; ++id) submit(id);
+  EXPECT_TRUE(other.requests.empty());
 }
 
 // A worker closes the channel on a frame beyond the protocol's limits, and every request on it suffers.

@@ -145,6 +145,15 @@ class Requests(unittest.TestCase):
                                                      "temperature": 0, "stop": text[0]})["choices"][0]
         self.assertTrue(text.startswith(late["text"]) and late["text"], late)
 
+    def test_a_prompt_that_is_wholly_cached(self):
+        block_tokens = 16
+        for length in (block_tokens, 4 * block_tokens, 4 * block_tokens + 1):
+            body = {"prompt": [7 + length] * length, "max_tokens": 4, "temperature": 0, "return_token_ids": True}
+            answers = [self.cluster.post("/v1/completions", body)["choices"][0]["token_ids"] for _ in range(3)]
+            self.assertEqual(answers, [answers[0]] * 3)
+        self.cluster._read()
+        self.assertNotIn("closed", "\n".join(self.cluster.log))
+
     def test_text_offsets_count_characters(self):
         choice = self.cluster.post("/v1/completions", {"prompt": "a", "max_tokens": 12, "temperature": 0, "logprobs": 0})["choices"][0]
         offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
