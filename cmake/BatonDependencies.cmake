@@ -13,11 +13,21 @@ if(POLICY CMP0167)
 endif()
 find_package(Boost 1.74 REQUIRED)  # Asio and Beast: headers only
 
-pkg_check_modules(GRPCPP REQUIRED IMPORTED_TARGET grpc++)
 pkg_check_modules(LIBFABRIC REQUIRED IMPORTED_TARGET libfabric)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+
+# gRPC by hand: pkg-config takes half a minute to walk grpc++'s two hundred requirements, and gRPC's CMake package asks
+# pkg-config for re2. We call grpc++, grpc and gpr; grpc++'s headers inline uses of absl::Mutex.
+find_package(absl CONFIG REQUIRED)
+find_path(GRPCPP_INCLUDE_DIR grpcpp/grpcpp.h REQUIRED)
+find_library(GRPCPP_LIBRARY grpc++ REQUIRED)
+find_library(GRPC_LIBRARY grpc REQUIRED)
+find_library(GPR_LIBRARY gpr REQUIRED)
+add_library(baton_grpcpp INTERFACE)
+target_include_directories(baton_grpcpp SYSTEM INTERFACE ${GRPCPP_INCLUDE_DIR})
+target_link_libraries(baton_grpcpp INTERFACE ${GRPCPP_LIBRARY} ${GRPC_LIBRARY} ${GPR_LIBRARY} absl::synchronization)
 
 if(BATON_TESTS)
   find_package(GTest REQUIRED)
