@@ -115,7 +115,7 @@ void handle_completion(Api::Context& context, std::shared_ptr<Exchange> exchange
     error.message = "the server is shutting down; send the request again, to another one";
     return respond_error(context, *exchange, endpoint, error);
   }
-  auto parsed = parse_completion_request(exchange->request().body, chat, context.model.defaults, context.limits);
+  auto parsed = parse_completion_request(exchange->take_body(), chat, context.model.defaults, context.limits);
   if (auto* error = std::get_if<ApiError>(&parsed)) return respond_error(context, *exchange, endpoint, *error);
   auto& request = std::get<CompletionRequest>(parsed);
   if (!check_model(context, *exchange, endpoint, request.model)) return;

@@ -145,6 +145,11 @@ Status CompletionTask::prepare() {
     }
   }
   for (const auto& ids : prompts_) BATON_RETURN_IF_ERROR(check_prompt(ids));
+  // From here on only the token ids are needed; texts can be megabytes.
+  std::vector<Prompt>().swap(request_.prompts);
+  for (std::string* text : {&request_.messages_json, &request_.tools_json, &request_.template_kwargs_json}) {
+    std::string().swap(*text);
+  }
   // Stop strings need text.
   if (!request_.stop.empty() && context_.model.tokenizer == nullptr) {
     return invalid_argument("'stop' needs text, and model '{}' has no tokenizer.json; use 'stop_token_ids'",

@@ -26,6 +26,7 @@
 #include <optional>
 #include <thread>
 #include <unordered_set>
+#include <utility>
 
 #include "base/log.h"
 
@@ -65,6 +66,7 @@ struct Shared {
   ServerConfig config;
   RequestHandler handler;
   std::atomic<uint64_t> open{0}, accepted{0}, refused{0}, requests{0}, slow_clients{0};
+  std::atomic<uint64_t> body_bytes{0};    // see BodyShare
   std::atomic<bool> stopping{false};      // no new request
   std::atomic<bool> stopped{false};       // no thread runs `io` any more
   std::atomic<bool> last_responses{false};
@@ -73,6 +75,27 @@ struct Shared {
   uint64_t active = 0;                          // guarded by mutex
   std::condition_variable idle;                 // active fell to 0
   asio::io_context io;
+};
+
+/// What one body that comes in takes of the memory for all of them.
+class BodyShare {
+ public:
+  explicit BodyShare(Shared& shared) : shared_(shared) {}
+  ~BodyShare() { release(); }
+  BodyShare(const BodyShare&) = delete;
+  BodyShare& operator=(const BodyShare&) = delete;
+
+  /// False: the others leave no room for so much.
+  bool grow_to(uint64_t bytes) {
+    uint64_t more = bytes - std::min(bytes, bytes_);
+    bytes_ += more;
+    return shared_.body_bytes.fetch_add(more) + more <= shared_.config.max_bodies_bytes;
+  }
+  void release() { shared_.body_bytes.fetch_sub(std::exchange(bytes_, 0)); }
+
+ private:
+  Shared& shared_;
+  uint64_t bytes_ = 0;
 };
 
 /// A request from its arrival until its response is sent or its connection gone.
@@ -267,6 +290,7 @@ class Connection::ExchangeImpl final : public Exchange {
   }
 
   const HttpRequest& request() const override { return request_; }
+  std::string take_body() override { return std::exchange(request_.body, {}); }
 
   void respond(HttpResponse response) override {
     answered_ = true;
@@ -404,7 +428,17 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
     if (!co_await write_all(self, "HTTP/1.1 100 Continue\r\n\r\n")) co_return false;
   }
   self->read_deadline(config.body_timeout_ms);
-  co_await beast::http::async_read(socket, buffer, parser, asio::redirect_error(asio::use_awaitable, error));
+  BodyShare share(*self->shared_);
+  parser.eager(true);
+  while (!parser.is_done() && !error) {
+    co_await beast::http::async_read_some(socket, buffer, parser, asio::redirect_error(asio::use_awaitable, error));
+    if (!error && !share.grow_to(parser.get().body().size())) {
+      std::string().swap(parser.get().body());
+      share.release();
+      co_await refuse(self, 503, "the bodies of other requests take all memory for them; try again later");
+      co_return false;
+    }
+  }
   self->no_read_deadline();
   if (error) {
     if (error == beast::http::error::body_limit) {
@@ -441,6 +475,7 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
     auto exchange = std::make_shared<ExchangeImpl>(self, std::move(request), turn, head_only);
     self->shared_->handler(std::move(exchange));
   }
+  share.release();
   asio::co_spawn(self->executor(), watch_for_disconnect(self, turn), asio::detached);
   bool sent = co_await send_responses(self);
   self->on_disconnect_ = nullptr;

@@ -21,6 +21,8 @@ struct ServerConfig {
   int32_t max_connections = 4096;    ///< more are answered 503 and closed
   uint32_t max_header_bytes = 32 << 10;
   uint64_t max_body_bytes = 32 << 20;
+  /// Bodies of all connections together while they come in; a request beyond it is answered 503.
+  uint64_t max_bodies_bytes = 1 << 30;
   /// Unsent response bytes of one connection; a slower client is disconnected and its request cancelled.
   uint64_t max_unsent_bytes = 4 << 20;
   int64_t header_timeout_ms = 15'000;   ///< from the first byte of a request to the end of its header
@@ -55,6 +57,8 @@ class Exchange {
  public:
   virtual ~Exchange() = default;
   virtual const HttpRequest& request() const = 0;
+  /// Moves the body out: who has parsed it need not keep it as long as the response takes. Only in the handler.
+  virtual std::string take_body() = 0;
   /// The whole response at once.
   virtual void respond(HttpResponse response) = 0;
   /// Starts a chunked response ("text/event-stream"); then write() and finish().

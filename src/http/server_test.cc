@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 
+#include "base/status.h"
 #include "base/unique_handle.h"
 
 namespace baton::http {
@@ -190,6 +191,24 @@ TEST(HttpServer, TellsASlowClientThatItsTimeIsOver) {
   seen = body.read_to_close();
   EXPECT_NE(seen.find("HTTP/1.1 408"), std::string::npos) << seen;
   EXPECT_NE(seen.find("body took longer"), std::string::npos) << seen;
+}
+
+TEST(HttpServer, BodiesTogetherAreBounded) {
+  ServerConfig config;
+  config.max_body_bytes = 100'000;
+  config.max_bodies_bytes = 50'000;
+  auto server = start(echo, config);
+  auto head = [](size_t bytes) { return fmt::format("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n", bytes); };
+  Client large(server->port());
+  large.send(head(80'000) + std::string(80'000, 'a'));
+  EXPECT_NE(large.read_to_close().find("HTTP/1.1 503"), std::string::npos);
+  // What was taken is given back: after the refusal, and after each request of a connection.
+  Client client(server->port());
+  for (int i = 0; i < 3; ++i) {
+    client.forget();
+    client.send(head(40'000) + std::string(40'000, 'c'));
+    EXPECT_NE(client.read_until(std::string(40'000, 'c')).find("HTTP/1.1 200"), std::string::npos);
+  }
 }
 
 TEST(HttpServer, TargetsMayBeEncodedOrWholeUrls) {
