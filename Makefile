@@ -20,7 +20,7 @@ packages:
 
 $(BUILD)/build.ninja: CMakeLists.txt CMakePresets.json | packages
 	@echo "configuring $(BUILD) (log: $(BUILD).configure.log)"
-	@mkdir -p build && cmake --preset $(PRESET) > $(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
+	@mkdir -p build && cmake --preset $(PRESET) $(CONFIGURE) > $(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
 
 build: packages $(BUILD)/build.ninja
 	@if ! ninja -C $(BUILD) -n 2>/dev/null | grep -q 'no work to do'; then \
@@ -44,9 +44,13 @@ asan-ubsan tsan: packages
 	@$(MAKE) --no-print-directory build PRESET=$@
 	@cd build/$@ && ctest --output-on-failure -j 2 -LE e2e
 
+# Debian 12's clang 14 does not compile g++ 12's coroutines; its clang 16 does.
 FUZZ_SECONDS ?= 60
-fuzz: packages
-	@$(MAKE) --no-print-directory build PRESET=fuzz
+BOOKWORM := $(shell grep -q '^VERSION_CODENAME=bookworm' /etc/os-release && echo yes)
+FUZZ_PACKAGES := $(if $(BOOKWORM),clang-16 libclang-rt-16-dev,clang libclang-rt-dev)
+fuzz:
+	@tools/install_packages.sh $(FUZZ_PACKAGES)
+	@$(MAKE) --no-print-directory build PRESET=fuzz CONFIGURE=-DCMAKE_CXX_COMPILER=clang++$(if $(BOOKWORM),-16)
 	@fuzz/run_all.sh build/fuzz $(FUZZ_SECONDS)
 
 clean:
