@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <memory>
 #include <thread>
@@ -99,6 +100,23 @@ TEST(Log, LevelsFilterAndSinkReplacesStderr) {
   log_error("shown {}", 2);
   set_log_sink(nullptr);
   EXPECT_EQ(lines, std::vector<std::string>{"shown 2"});
+}
+
+TEST(Log, NeverBlocksOnAPipeThatNobodyReads) {
+  int pipe_fds[2];
+  ASSERT_EQ(::pipe(pipe_fds), 0);
+  FileDescriptor reader(pipe_fds[0]), writer(pipe_fds[1]);
+  FileDescriptor saved(::dup(STDERR_FILENO));
+  ::dup2(writer.get(), STDERR_FILENO);
+  for (int i = 0; i < 2000; ++i) log_error("{}", std::string(200, 'x'));
+  std::vector<char> buffer(1 << 20);
+  ssize_t got = ::read(reader.get(), buffer.data(), buffer.size());
+  log_error("after");
+  ssize_t more = ::read(reader.get(), buffer.data(), buffer.size());
+  ::dup2(saved.get(), STDERR_FILENO);
+  EXPECT_GT(got, 0);
+  ASSERT_GT(more, 0);
+  EXPECT_NE(std::string(buffer.data(), more).find("lines of log were dropped"), std::string::npos);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 #include "base/log.h"
 
+#include <poll.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <ctime>
+#include <cstdint>
 #include <mutex>
 
 namespace baton {
@@ -14,10 +16,13 @@ std::atomic<int> g_log_level{static_cast<int>(LogLevel::kInfo)};
 
 namespace {
 
+constexpr size_t kMaxLineBytes = 4096;  // PIPE_BUF on Linux
+
 struct LogState {
   std::mutex mutex;
   std::string process_name;
   std::function<void(LogLevel, std::string_view)> sink;
+  uint64_t dropped_lines = 0;
 };
 
 // Never destroyed: threads may still log while static objects go away.
@@ -51,7 +56,19 @@ void log_line(LogLevel level, std::string_view message) {
   std::string line = fmt::format("{} {} {}{}{}\n", timestamp(), kLetters[static_cast<int>(level)],
                                  log_state.process_name, log_state.process_name.empty() ? "" : " ",
                                  message);
-  // One write per line keeps lines of several processes on one terminal whole.
+  // Nobody may read what we write (a full pipe, a stopped terminal): a line is dropped rather than the process stopped.
+  pollfd writable{STDERR_FILENO, POLLOUT, 0};
+  if (::poll(&writable, 1, 0) != 1 || (writable.revents & POLLOUT) == 0) {
+    ++log_state.dropped_lines;
+    return;
+  }
+  // A pipe that is writable takes PIPE_BUF bytes without blocking; one write per line also keeps the lines of several
+  // processes on one terminal whole.
+  if (log_state.dropped_lines > 0) {
+    line.insert(0, fmt::format("({} lines of log were dropped: nobody read them)\n", log_state.dropped_lines));
+    log_state.dropped_lines = 0;
+  }
+  if (line.size() > kMaxLineBytes) line.replace(kMaxLineBytes - 5, std::string::npos, " ...\n");
   [[maybe_unused]] ssize_t written = ::write(STDERR_FILENO, line.data(), line.size());
 }
 

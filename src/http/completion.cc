@@ -19,6 +19,7 @@ constexpr int kFinishStop = 1;
 constexpr int kFinishLength = 2;
 
 constexpr size_t kMaxPromptBytes = 16u << 20;
+constexpr int64_t kMaxLogprobEntries = 1 << 20;
 constexpr size_t kPromptTail = 8;  // tokens before the answer that decide about its first space
 
 int64_t count_characters(std::string_view utf8) {
@@ -149,6 +150,13 @@ Status CompletionTask::prepare() {
   std::vector<Prompt>().swap(request_.prompts);
   for (std::string* text : {&request_.messages_json, &request_.tools_json, &request_.template_kwargs_json}) {
     std::string().swap(*text);
+  }
+  // Logprobs of a whole response are kept until it is complete.
+  int64_t logprob_entries = static_cast<int64_t>(prompts_.size()) * request_.n * request_.sampling.max_tokens() *
+                            (request_.sampling.logprobs() + 1);
+  if (request_.has_max_tokens && !request_.stream && logprob_entries > kMaxLogprobEntries) {
+    return invalid_argument("prompts x n x max_tokens x logprobs make {} entries, the limit is {}; ask for fewer, or use "
+                            "'stream': true", logprob_entries, kMaxLogprobEntries);
   }
   // Stop strings need text.
   if (!request_.stop.empty() && context_.model.tokenizer == nullptr) {
