@@ -132,7 +132,7 @@ void TransferFlags::add_to(CLI::App& command) {
   command.add_option("--transfer-timeout-ms", transfer_timeout_ms, "a KV write fails after so long")
       ->capture_default_str()->group("Handoff");
   command.add_option("--local-prefill-tokens", local_prefill_tokens,
-                     "the decode worker computes prompts below this many new tokens itself")
+                     "the decode worker computes prompts below this many new tokens itself; -1: measured, 256 at first")
       ->capture_default_str()->group("Handoff");
   command.add_option("--lease-ms", lease_ms, "a prefill worker that shows no progress for so long is given up")
       ->capture_default_str()->group("Handoff");

@@ -46,7 +46,7 @@ struct TransferFlags {
   bool no_tcp = false;
   std::string bind_address;
   int64_t transfer_timeout_ms = 30'000;
-  int32_t local_prefill_tokens = 256;
+  int32_t local_prefill_tokens = -1;
   int64_t lease_ms = 5'000;
 
   void add_to(CLI::App& command);

@@ -20,7 +20,7 @@ struct CoreConfig {
   protocol::Role role = protocol::ROLE_BOTH;
   std::string served_model_name = "model";
   int32_t max_model_len = 4096;
-  /// Prompts with fewer tokens to compute than this are prefilled here.
+  /// Prompts with fewer tokens to compute than this are prefilled here; BreakEven::kMeasured: learned.
   int32_t local_prefill_tokens = 256;
   /// Without a sign of progress for so long, a prefill worker is given up (and a peer that is silent, not used).
   int64_t lease_ms = 5000;

@@ -7,7 +7,10 @@
 
 namespace baton::worker {
 
-DecodeSide::DecodeSide(CoreContext& context, PeerTable& peers) : context_(context), peers_(peers) {}
+DecodeSide::DecodeSide(CoreContext& context, PeerTable& peers)
+    : context_(context), peers_(peers), break_even_(context.config.local_prefill_tokens) {
+  context_.metrics.local_prefill_tokens(break_even_.tokens());
+}
 
 // -- Routers and their requests -----------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ bool DecodeSide::try_start(uint64_t key) {
   auto it = requests_.find(key);
   if (it == requests_.end() || it->second->state != State::kQueued) return true;
   ClientRequest& request = *it->second;
-  if (request.tokens >= context_.config.local_prefill_tokens) {
+  if (request.tokens >= break_even_.tokens()) {
     while (request.next_candidate < request.candidates.size()) {
       const Candidate& candidate = request.candidates[request.next_candidate];
       Status why_not;
@@ -180,7 +183,7 @@ bool DecodeSide::try_start_remote(ClientRequest& request, PrefillPeer& peer, boo
   const int32_t first_block = reservation->cached_tokens / layout.block_tokens;
   auto tag = context_.transfer.open_inbox();
   // At least one: a prompt whose blocks are all cached here leaves a prefill worker nothing to write.
-  const int32_t worth_sending = std::max(1, context_.config.local_prefill_tokens);
+  const int32_t worth_sending = std::max(1, break_even_.tokens());
   if (request.tokens - reservation->cached_tokens < worth_sending || !tag.ok()) {
     if (!tag.ok()) log_warning("prefilling here, no inbox: {}", tag.status().message());
     if (tag.ok()) context_.transfer.close_inbox(*tag);
@@ -224,6 +227,7 @@ bool DecodeSide::try_start_remote(ClientRequest& request, PrefillPeer& peer, boo
   request.peer = peer.epoch;
   request.peer_name = peer.name;
   request.sent_ms = now_ms;
+  request.sent_ns = context_.clock.now_ns();
   request.granted_bytes = static_cast<uint64_t>(prefill->blocks_size()) * static_cast<uint64_t>(layout.block_bytes());
   request.lease_end_ms = now_ms + context_.config.lease_ms;
   request.path = "remote:" + peer.name;
@@ -318,6 +322,9 @@ void DecodeSide::admit(ClientRequest& request) {
   context_.metrics.handoff_done("decode", "committed", "ok");
   context_.metrics.handoff_admitted(seconds_between_ms(request.sent_ms, context_.now_ms()), commit.queue_s(),
                                     commit.compute_s(), commit.exposed_s());
+  break_even_.observe(static_cast<double>(context_.clock.now_ns() - request.sent_ns) * 1e-9, commit.queue_s(),
+                      commit.compute_s(), request.tokens - commit.first().cached_prompt_tokens());
+  context_.metrics.local_prefill_tokens(break_even_.tokens());
   request.commit.Clear();
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "worker/break_even.h"
 #include "worker/core_context.h"
 #include "worker/peers.h"
 
@@ -96,6 +97,7 @@ class DecodeSide {
     std::string peer_name;
     transfer::Tag tag{};
     int64_t sent_ms = 0;
+    int64_t sent_ns = 0;           // of the same moment, for the break-even
     int64_t lease_end_ms = 0;
     uint64_t granted_bytes = 0;    // what the peer must have written
     protocol::Commit commit;
@@ -129,6 +131,7 @@ class DecodeSide {
 
   CoreContext& context_;
   PeerTable& peers_;
+  BreakEven break_even_;
   std::map<const protocol::Channel*, std::unique_ptr<Router>> routers_;
   std::map<uint64_t, std::unique_ptr<ClientRequest>> requests_;  // by key
   std::unordered_map<uint64_t, uint64_t> attempts_;              // attempt → key

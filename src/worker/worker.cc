@@ -204,7 +204,7 @@ Status WorkerConfig::validate() const {
   BATON_RETURN_IF_ERROR(parse_role(role).status());
   if (listen_address.empty()) return invalid_argument("listen_address is empty");
   BATON_RETURN_IF_ERROR(range("threads", threads, 0, 4096));
-  BATON_RETURN_IF_ERROR(range("local_prefill_tokens", local_prefill_tokens, 0, INT32_MAX));
+  BATON_RETURN_IF_ERROR(range("local_prefill_tokens", local_prefill_tokens, -1, INT32_MAX));
   BATON_RETURN_IF_ERROR(range("lease_ms", lease_ms, 100, 3'600'000));
   BATON_RETURN_IF_ERROR(range("max_queued", max_queued, 1, 1 << 20));
   BATON_RETURN_IF_ERROR(range("queue_timeout_ms", queue_timeout_ms, 1, 86'400'000));

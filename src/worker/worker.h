@@ -30,7 +30,8 @@ struct WorkerConfig {
   /// Kernels: "auto", "avx512bf16", "avx2", "plain"; threads as for ThreadPool (0: as many as allowed).
   std::string isa = "auto";
   int threads = 0;
-  /// Prompts with fewer tokens to compute are prefilled by the decode worker itself.
+  /// Prompts with fewer tokens to compute are prefilled by the decode worker itself. -1: from measured handoffs, 256 until
+  /// there are some (worker/break_even.h).
   int32_t local_prefill_tokens = 256;
   int64_t lease_ms = 5000;
   int32_t max_queued = 4096;

@@ -55,6 +55,7 @@ struct WorkerMetrics::Impl {
   Gauge& blocks_cached = blocks.Add({{"state", "cached"}});
   Gauge& blocks_used = blocks.Add({{"state", "used"}});
   Gauge& blocks_quarantined = blocks.Add({{"state", "quarantined"}});
+  Gauge& local_prefill = gauge("baton_worker_local_prefill_tokens", "Prompts with fewer new tokens are prefilled by the decode worker.");
   Gauge& quarantined = gauge("baton_worker_quarantined_handoffs", "Grants whose blocks a peer may still write into.");
   Gauge& queued = gauge("baton_worker_queued_requests", "Requests and prefills not yet given to the engine.");
   Gauge& waiting = gauge("baton_worker_waiting_requests", "Requests waiting in the engine.");
@@ -95,6 +96,7 @@ void WorkerMetrics::first_output(bool remote, double ttft_s) {
   (remote ? impl_->ttft_remote : impl_->ttft_local).Observe(ttft_s);
 }
 void WorkerMetrics::request_done(const char* outcome) { impl_->requests.Add({{"outcome", outcome}}).Increment(); }
+void WorkerMetrics::local_prefill_tokens(int32_t tokens) { impl_->local_prefill.Set(tokens); }
 void WorkerMetrics::handoff_done(const char* side, const char* outcome, const char* reason) {
   impl_->handoffs.Add({{"side", side}, {"outcome", outcome}, {"reason", reason}}).Increment();
 }

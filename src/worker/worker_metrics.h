@@ -30,6 +30,8 @@ class WorkerMetrics {
   void handoff_done(const char* side, const char* outcome, const char* reason);
   void handoff_admitted(double handoff_s, double peer_queue_s, double peer_compute_s, double exposed_s);
 
+  void local_prefill_tokens(int32_t tokens);               ///< what is prefilled here now
+
   // The prefill side.
   void transferred(const std::string& peer, const std::string& transport, uint64_t bytes, double seconds);
   void transfer_failed(const std::string& peer, const std::string& transport);
