@@ -53,7 +53,10 @@ class Recorder {
               changed_.notify_all();
             }};
   }
-  void set_reply(std::function<void(Channel&, const Frame&)> reply) { reply_ = std::move(reply); }
+  void set_reply(std::function<void(Channel&, const Frame&)> reply) {
+    std::lock_guard lock(mutex_);
+    reply_ = std::move(reply);
+  }
   bool wait_frames(size_t count) {
     std::unique_lock lock(mutex_);
     return changed_.wait_for(lock, std::chrono::seconds(20), [&] { return frames_.size() >= count; });
