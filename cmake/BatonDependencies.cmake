@@ -33,3 +33,9 @@ if(BATON_TESTS)
   find_package(GTest REQUIRED)
   include(GoogleTest)
 endif()
+
+# Boost's headers for the libraries that use coroutines. 1.74 does not know that clang has C++20's.
+add_library(baton_asio INTERFACE)
+target_link_libraries(baton_asio INTERFACE Boost::boost)
+target_compile_definitions(baton_asio INTERFACE
+  $<$<CXX_COMPILER_ID:Clang>:BOOST_ASIO_HAS_CO_AWAIT> $<$<CXX_COMPILER_ID:Clang>:BOOST_ASIO_HAS_STD_COROUTINE>)
