@@ -83,8 +83,10 @@ size_t AgentCore::turn() {
   {
     std::lock_guard lock(mutex_);
     int64_t now_ns = clock_.now_ns();
+    // The cancels first: what they name has then been written, so taking the writes after them finds it.
+    std::vector<TransferPointer> cancels = take_cancels();
     take_incoming();
-    take_cancels(now_ns);
+    for (const TransferPointer& transfer : cancels) cancel_now(transfer, now_ns);
     for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns);
     for (const auto& backend : backends_) count += backend->progress(*this);
     for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);
@@ -141,17 +143,15 @@ void AgentCore::take_incoming() {
   }
 }
 
-void AgentCore::take_cancels(int64_t now_ns) {
-  std::vector<TransferPointer> cancels;
-  {
-    std::lock_guard lock(handover_mutex_);
-    cancels.swap(cancels_);
-  }
-  for (const TransferPointer& transfer : cancels) {
-    if (transfer->state.load() == Transfer::Impl::State::kDone || transfer->stopped) continue;
-    fail_transfer(transfer, cancelled("the write to '{}' was cancelled", transfer->peer->metadata.name));
-    if (transfer->state.load() != Transfer::Impl::State::kDone) expire(transfer, now_ns);
-  }
+std::vector<TransferPointer> AgentCore::take_cancels() {
+  std::lock_guard lock(handover_mutex_);
+  return std::exchange(cancels_, {});
+}
+
+void AgentCore::cancel_now(const TransferPointer& transfer, int64_t now_ns) {
+  if (transfer->state.load() == Transfer::Impl::State::kDone || transfer->stopped) return;
+  fail_transfer(transfer, cancelled("the write to '{}' was cancelled", transfer->peer->metadata.name));
+  if (transfer->state.load() != Transfer::Impl::State::kDone) expire(transfer, now_ns);
 }
 
 size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {

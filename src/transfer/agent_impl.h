@@ -173,7 +173,8 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   size_t turn();
   void make_busy(const std::shared_ptr<PeerCore>& peer);
   void take_incoming();
-  void take_cancels(int64_t now_ns);
+  std::vector<TransferPointer> take_cancels();
+  void cancel_now(const TransferPointer& transfer, int64_t now_ns);
   size_t post(PeerCore& peer, int64_t now_ns);
   void check_time(int64_t now_ns);
   void expire(const TransferPointer& transfer, int64_t now_ns);

@@ -363,6 +363,22 @@ TEST_P(TransferConformance, CancelEndsAndNothingIsTouchedAfterwards) {
   EXPECT_TRUE(peer.alive());
 }
 
+TEST_P(TransferConformance, CancelRacesWithItsOwnWrite) {
+  auto receiver = make_node("receiver", 4, 1024);
+  auto sender = make_node("sender", 4, 1024);
+  Peer peer = connect(*sender, *receiver);
+  for (int round = 0; round < 5000; ++round) {
+    Result<Transfer> transfer = peer.write(whole(*sender, *receiver, {{0, 0}}));
+    ASSERT_TRUE(transfer.ok());
+    transfer->cancel();
+    if (round % 16 == 0) {
+      Status status = transfer->wait();
+      EXPECT_TRUE(status.ok() || status.code() == StatusCode::kCancelled) << status.to_string();
+    }
+  }
+  EXPECT_TRUE(peer.alive());
+}
+
 TEST_P(TransferConformance, APassedDeadlineIsAnError) {
   auto receiver = make_node("receiver", 4, 1024);
   auto sender = make_node("sender", 4, 1024);
