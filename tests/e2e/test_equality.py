@@ -10,6 +10,9 @@ from cluster import GOLDEN, Cluster
 
 MODEL = GOLDEN / "qwen3"
 REQUESTS = 200
+# More tokens than 64 blocks hold, all begun at once because they come in one request.
+WAVE = {"prompt": [[(7 * i + j) % 300 for j in range(8 + i % 24)] for i in range(48)], "max_tokens": 160,
+        "ignore_eos": True, "temperature": 0, "return_token_ids": True}
 
 
 def make_requests(seed):
@@ -43,6 +46,11 @@ def run_all(cluster, requests, concurrency):
         return list(pool.map(one, requests))
 
 
+def run_wave(cluster):
+    choices = cluster.post("/v1/completions", WAVE, timeout_s=300)["choices"]
+    return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+
 class Equality(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -50,6 +58,8 @@ class Equality(unittest.TestCase):
         # The reference: one worker, one request at a time, nothing shared or cut.
         with Cluster("--aggregated", "--no-prefix-cache", "--max-batched-tokens", 1024, model=MODEL) as cluster:
             cls.expected = run_all(cluster, cls.requests, concurrency=1)
+            alone = [WAVE | {"prompt": prompt} for prompt in WAVE["prompt"]]
+            cls.expected_wave = [token_ids for token_ids, _ in run_all(cluster, alone, concurrency=1)]
 
     def check(self, *arguments, expect_preemption=False, expect_hits=None, expect_remote=True):
         with Cluster(*arguments, model=MODEL) as cluster:
@@ -58,6 +68,7 @@ class Equality(unittest.TestCase):
                 self.assertEqual(ours, expected, f"request {i}: {self.requests[i]}")
             if expect_remote:
                 cluster.wait_metric("baton_worker_handoffs_total", REQUESTS / 4, side="decode", outcome="committed")
+            self.assertEqual(run_wave(cluster), self.expected_wave)
             if expect_preemption:
                 cluster.wait_metric("baton_worker_preemptions_total", 1)
             if expect_hits:
