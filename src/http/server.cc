@@ -68,13 +68,22 @@ struct Shared {
   std::atomic<uint64_t> open{0}, accepted{0}, refused{0}, requests{0}, slow_clients{0};
   std::atomic<uint64_t> body_bytes{0};    // see BodyShare
   std::atomic<bool> stopping{false};      // no new request
-  std::atomic<bool> stopped{false};       // no thread runs `io` any more
   std::atomic<bool> last_responses{false};
   std::mutex mutex;
   std::unordered_set<Connection*> connections;  // guarded by mutex
   uint64_t active = 0;                          // guarded by mutex
   std::condition_variable idle;                 // active fell to 0
+  std::mutex post_mutex;
+  bool stopped = false;  // guarded by post_mutex: nothing runs `io` any more
   asio::io_context io;
+
+  /// From any thread. Dropped once the server has stopped: a task that stays in the queue of `io` would keep its
+  /// connection, and that keeps `io`.
+  template <typename Executor, typename Task>
+  void post(const Executor& executor, Task task) {
+    std::lock_guard lock(post_mutex);
+    if (!stopped) asio::post(executor, std::move(task));
+  }
 };
 
 /// What one body that comes in takes of the memory for all of them.
@@ -194,8 +203,10 @@ class Connection final : public std::enable_shared_from_this<Connection> {
     if (watch_pause_) watch_pause_->cancel();
   }
 
-  auto executor() { return stream_.get_executor(); }
-  bool stopped() const { return shared_->stopped; }
+  template <typename Task>
+  void post(Task task) {
+    shared_->post(stream_.get_executor(), std::move(task));
+  }
 
  private:
   class ExchangeImpl;
@@ -283,8 +294,8 @@ class Connection::ExchangeImpl final : public Exchange {
 
   // A handler that drops its exchange without an answer must not leave the client waiting.
   ~ExchangeImpl() override {
-    if (answered_ || connection_->stopped()) return;
-    asio::post(connection_->executor(), [connection = connection_, turn = turn_] {
+    if (answered_) return;
+    connection_->post([connection = connection_, turn = turn_] {
       if (connection->turn_ == turn && !connection->complete_) connection->close();
     });
   }
@@ -326,7 +337,7 @@ class Connection::ExchangeImpl final : public Exchange {
   }
 
   void post(std::function<void()> task) override {
-    if (!connection_->stopped()) asio::post(connection_->executor(), std::move(task));
+    connection_->post(std::move(task));
   }
 
   void on_disconnect(std::function<void()> callback) override {
@@ -343,10 +354,7 @@ class Connection::ExchangeImpl final : public Exchange {
  private:
   template <typename Task>
   void on_strand(Task task) {
-    if (connection_->stopped()) return;
-    asio::dispatch(connection_->executor(), [connection = connection_, task = std::move(task)]() mutable {
-      task(*connection);
-    });
+    connection_->post([connection = connection_, task = std::move(task)]() mutable { task(*connection); });
   }
 
   std::shared_ptr<Connection> connection_;
@@ -476,7 +484,7 @@ asio::awaitable<bool> Connection::serve_one(std::shared_ptr<Connection> self, be
     self->shared_->handler(std::move(exchange));
   }
   share.release();
-  asio::co_spawn(self->executor(), watch_for_disconnect(self, turn), asio::detached);
+  asio::co_spawn(self->stream_.get_executor(), watch_for_disconnect(self, turn), asio::detached);
   bool sent = co_await send_responses(self);
   self->on_disconnect_ = nullptr;
   if (self->watch_pause_) self->watch_pause_->cancel();
@@ -523,7 +531,7 @@ asio::awaitable<void> Connection::watch_for_disconnect(std::shared_ptr<Connectio
   if (got > 0) {
     // The next request, pipelined, or stray bytes: they wait their turn, and hide the end of the stream from a
     // reader. The kernel knows it.
-    auto pause = std::make_shared<asio::steady_timer>(self->executor());
+    auto pause = std::make_shared<asio::steady_timer>(self->stream_.get_executor());
     self->watch_pause_ = pause;
     for (;;) {
       pollfd state{self->stream_.socket().native_handle(), POLLRDHUP, 0};
@@ -593,18 +601,25 @@ class ServerImpl final : public Server {
       error_code ignored;
       acceptor_.close(ignored);
     });
+    std::vector<std::shared_ptr<Connection>> connections;
     {
       std::lock_guard lock(shared_->mutex);
       for (Connection* connection : shared_->connections) {
-        if (auto self = connection->weak_from_this().lock()) {
-          asio::post(self->executor(), [self] { self->close(); });
-        }
+        if (auto self = connection->weak_from_this().lock()) connections.push_back(std::move(self));
       }
+    }
+    for (auto& connection : std::exchange(connections, {})) {
+      connection->post([connection] { connection->close(); });
     }
     // io_.run() ends by itself once the acceptor and every connection are gone; exchanges that handlers still hold
     // do not count as work.
     threads_.clear();
-    shared_->stopped = true;
+    {
+      std::lock_guard lock(shared_->post_mutex);
+      shared_->stopped = true;
+    }
+    io_.restart();  // for what was posted after the threads had ended
+    io_.run();
   }
 
  private:
