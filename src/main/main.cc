@@ -25,6 +25,18 @@ void name_environment_variables(CLI::App& app) {
   for (CLI::App* subcommand : app.get_subcommands({})) name_environment_variables(*subcommand);
 }
 
+/// CLI11 from 2.3.2 on passes over a variable whose value it does not take; a setting must not get lost like that.
+void check_environment_variables(const CLI::App& app) {
+  for (const CLI::Option* option : app.get_options()) {
+    const char* value = option->get_envname().empty() ? nullptr : std::getenv(option->get_envname().c_str());
+    if (value != nullptr && *value != '\0' && option->count() == 0) {
+      throw CLI::ValidationError(option->get_name(), option->get_envname() + " in the environment is '" + value +
+                                                         "', which this option does not take");
+    }
+  }
+  for (const CLI::App* subcommand : app.get_subcommands()) check_environment_variables(*subcommand);
+}
+
 /// CLI11 lets the file win over the environment; here it is the other way round, so that a variable can change what a
 /// mounted file says.
 class EnvironmentFirstConfig : public CLI::ConfigTOML {
@@ -74,6 +86,7 @@ int main(int argc, char** argv) {
   for (CLI::App* command : line.app.get_subcommands({})) command->footer(footer);
   try {
     line.app.parse(argc, argv);
+    check_environment_variables(line.app);
   } catch (const CLI::ParseError& error) {
     return line.app.exit(error) == 0 ? 0 : 2;
   }

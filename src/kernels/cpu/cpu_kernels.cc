@@ -17,6 +17,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kRowChunk = 512;          // of linear(): its packed activations stay in the caches
+constexpr int64_t kFetchAheadRows = 16;     // up to here a product waits for memory
+constexpr int64_t kFetchAheadBytes = 512 << 10;
 constexpr int64_t kAttentionRows = 64;      // query rows (tokens x heads of a group) that share a K/V tile
 constexpr int64_t kInlineElements = 16384;  // element-wise work below this is not worth a fork
 constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
@@ -169,12 +171,17 @@ void CpuKernels::linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMa
                             .y = y,
                             .scratch = nullptr};
   // Guided: long runs of panels first (streams suit the memory), single ones at the end (so that threads finish
-  // together even when one of them lost its CPU for a while).
-  std::atomic<int64_t> next{0};
+  // together even when one of them lost its CPU for a while). The first run is a thread's own, so that it knows what to
+  // fetch while it waits: between two products lie only microseconds of work, but the memory would idle in them.
+  const auto first_run = [](int64_t panels, int thread_count) { return panels * 15 / (16 * thread_count); };
+  std::atomic<int64_t> next{threads_.threads() * first_run(whole.panel_end, threads_.threads())};
   const auto share = [&](int thread, int thread_count) {
     LinearTask task = whole;
     const size_t scratch_bytes = static_cast<size_t>(rows * kPanelLanes) * sizeof(float);
     task.scratch = static_cast<float*>(thread_scratch_[static_cast<size_t>(thread)].reserve(scratch_bytes));
+    task.panel_begin = thread * first_run(whole.panel_end, thread_count);
+    task.panel_end = task.panel_begin + first_run(whole.panel_end, thread_count);
+    ops_.linear(task);
     int64_t begin = next.load(std::memory_order_relaxed);
     while (begin < whole.panel_end) {
       const int64_t run = std::max<int64_t>(1, (whole.panel_end - begin) / (2 * thread_count));
@@ -184,9 +191,19 @@ void CpuKernels::linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMa
       ops_.linear(task);
       begin = next.load(std::memory_order_relaxed);
     }
+    if (matrix.next != nullptr && rows <= kFetchAheadRows) {
+      const CpuPackedMatrix& later = packed(*matrix.next);
+      const auto panel_bytes = static_cast<size_t>(later.k_pairs() * kPanelLanes * 4);
+      const size_t run_bytes = static_cast<size_t>(first_run(later.panels(), thread_count)) * panel_bytes;
+      threads_.fetch_while_waiting(thread, later.memory().subspan(static_cast<size_t>(thread) * run_bytes,
+                                                                  std::min<size_t>(run_bytes, kFetchAheadBytes)));
+    }
   };
   if (rows * k_pairs * matrix.out_features() < kInlineElements) {
-    share(0, 1);
+    LinearTask task = whole;
+    task.scratch = static_cast<float*>(
+        thread_scratch_[0].reserve(static_cast<size_t>(rows * kPanelLanes) * sizeof(float)));
+    ops_.linear(task);
   } else {
     threads_.run(std::cref(share));
   }

@@ -66,6 +66,10 @@ constexpr int64_t kMaxDepthPairs = 256;  // of k at a time: 32 KiB of weights, s
 /// Activations become [k_pairs][rows] pairs.
 void pack_block_pairs(const uint16_t* x, int64_t rows, int64_t k_pairs, void* out) {
   uint32_t* const a = static_cast<uint32_t*>(out);
+  if (rows == 1) {
+    __builtin_memcpy(a, x, static_cast<size_t>(k_pairs) * 4);
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const uint16_t* const row = x + r * k_pairs * 2;
     for (int64_t kk = 0; kk < k_pairs; ++kk) {
