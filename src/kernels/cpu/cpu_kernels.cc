@@ -170,10 +170,11 @@ void CpuKernels::linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMa
                             .accumulate = accumulate,
                             .y = y,
                             .scratch = nullptr};
-  // Guided: long runs of panels first (streams suit the memory), single ones at the end (so that threads finish
-  // together even when one of them lost its CPU for a while). The first run is a thread's own, so that it knows what to
-  // fetch while it waits: between two products lie only microseconds of work, but the memory would idle in them.
-  const auto first_run = [](int64_t panels, int thread_count) { return panels * 15 / (16 * thread_count); };
+  // One long run of panels for each thread first (every new stream costs the memory half a microsecond), then guided
+  // down to single ones (so that threads finish together even when one of them lost its CPU for a while). The first run is
+  // a thread's own, so it knows what to fetch while it waits: between two products lie only microseconds of work, but
+  // the memory would idle in them.
+  const auto first_run = [](int64_t panels, int thread_count) { return panels * 7 / (8 * thread_count); };
   std::atomic<int64_t> next{threads_.threads() * first_run(whole.panel_end, threads_.threads())};
   const auto share = [&](int thread, int thread_count) {
     LinearTask task = whole;
