@@ -23,9 +23,10 @@ namespace baton::transfer {
 namespace {
 
 constexpr uint32_t kHelloMagic = 0x48544142;  // "BATH"
-constexpr uint16_t kControlVersion = 1;
+constexpr uint16_t kControlVersion = 2;
 constexpr size_t kMaxRails = 256;
-constexpr size_t kMaxEndpointAddressBytes = 1024;
+constexpr size_t kMaxEndpointAddressBytes = 8192;  // a UCX worker's grows with the devices
+constexpr size_t kMaxPackedKeyBytes = 4096;
 constexpr size_t kFrameHeaderBytes = 5;
 constexpr size_t kMaxFencedPeers = 65536;
 constexpr uint64_t kListenerId = 0;
@@ -149,6 +150,7 @@ std::string encode_welcome(const Welcome& welcome) {
     out.put(pool.id);
     out.put(pool.base);
     out.put(pool.key);
+    out.put_string(pool.packed_key);
   }
   return out.take();
 }
@@ -168,7 +170,8 @@ Result<Welcome> parse_welcome(std::string_view payload) {
     pool.id = in.get<uint32_t>();
     pool.base = in.get<uint64_t>();
     pool.key = in.get<uint64_t>();
-    welcome.pools.push_back(pool);
+    pool.packed_key = in.get_string(kMaxPackedKeyBytes);
+    welcome.pools.push_back(std::move(pool));
   }
   if (!in.ok() || !in.at_end()) return invalid_argument("a damaged Welcome");
   return welcome;

@@ -42,6 +42,7 @@ struct Welcome {
     uint32_t id = 0;
     uint64_t base = 0;
     uint64_t key = 0;
+    std::string packed_key = {};  ///< what 64 bits do not hold (ucx)
   };
   std::vector<std::string> rails;  ///< one endpoint address each
   std::vector<Pool> pools;
