@@ -3,6 +3,15 @@
 find_package(Threads REQUIRED)
 find_package(PkgConfig REQUIRED)
 find_package(fmt REQUIRED)
+pkg_check_modules(LIBFABRIC REQUIRED IMPORTED_TARGET libfabric)
+if(BATON_TESTS)
+  find_package(GTest REQUIRED)
+  include(GoogleTest)
+endif()
+if(BATON_TRANSFER_ONLY)
+  return()
+endif()
+
 find_package(Protobuf REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(simdjson REQUIRED)
@@ -13,7 +22,6 @@ if(POLICY CMP0167)
 endif()
 find_package(Boost 1.74 REQUIRED)  # Asio and Beast: headers only
 
-pkg_check_modules(LIBFABRIC REQUIRED IMPORTED_TARGET libfabric)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
@@ -28,11 +36,6 @@ find_library(GPR_LIBRARY gpr REQUIRED)
 add_library(baton_grpcpp INTERFACE)
 target_include_directories(baton_grpcpp SYSTEM INTERFACE ${GRPCPP_INCLUDE_DIR})
 target_link_libraries(baton_grpcpp INTERFACE ${GRPCPP_LIBRARY} ${GRPC_LIBRARY} ${GPR_LIBRARY} absl::synchronization)
-
-if(BATON_TESTS)
-  find_package(GTest REQUIRED)
-  include(GoogleTest)
-endif()
 
 # Boost's headers for the libraries that use coroutines. 1.74 does not know that clang has C++20's.
 add_library(baton_asio INTERFACE)
