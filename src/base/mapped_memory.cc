@@ -1,0 +1,62 @@
+#include "base/mapped_memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+namespace baton {
+
+Result<MappedMemory> MappedMemory::map(FileDescriptor fd, size_t bytes) {
+  if (bytes == 0) return invalid_argument("mapping no memory");
+  int flags = fd ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd.get(), 0);
+  if (data == MAP_FAILED) return resource_exhausted("mmap of {} bytes: {}", bytes, std::strerror(errno));
+  (void)::madvise(data, bytes, MADV_HUGEPAGE);  // a wish; the kernel may be built without
+  MappedMemory memory;
+  memory.fd_ = std::move(fd);
+  memory.data_ = static_cast<std::byte*>(data);
+  memory.bytes_ = bytes;
+  return memory;
+}
+
+Result<MappedMemory> MappedMemory::create_private(size_t bytes) { return map(FileDescriptor(), bytes); }
+
+Result<MappedMemory> MappedMemory::create_shared(const std::string& name, size_t bytes) {
+  FileDescriptor fd(::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd) return unavailable("memfd_create: {}", std::strerror(errno));
+  if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) {
+    return resource_exhausted("a memfd of {} bytes: {}", bytes, std::strerror(errno));
+  }
+  if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    return unavailable("sealing a memfd: {}", std::strerror(errno));
+  }
+  return map(std::move(fd), bytes);
+}
+
+MappedMemory::MappedMemory(MappedMemory&& other) noexcept
+    : fd_(std::move(other.fd_)),
+      data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)) {}
+
+MappedMemory& MappedMemory::operator=(MappedMemory&& other) noexcept {
+  if (this != &other) {
+    reset();
+    fd_ = std::move(other.fd_);
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
+  return *this;
+}
+
+void MappedMemory::reset() {
+  if (data_ != nullptr) ::munmap(data_, bytes_);
+  data_ = nullptr;
+  bytes_ = 0;
+  fd_.reset();
+}
+
+}  // namespace baton

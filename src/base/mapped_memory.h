@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+#include "base/status.h"
+#include "base/unique_handle.h"
+
+namespace baton {
+
+/// Page-aligned, zeroed memory straight from the kernel; huge pages are asked for. Nothing is resident until it is
+/// touched. Move-only; unmapped by the destructor.
+class MappedMemory {
+ public:
+  /// Memory of this process alone.
+  static Result<MappedMemory> create_private(size_t bytes);
+  /// Memory that another process can map, too, from fd() (a memfd; `name` shows in /proc/self/maps). Its size is
+  /// sealed: a process that has mapped it can never be killed by the owner making it smaller.
+  static Result<MappedMemory> create_shared(const std::string& name, size_t bytes);
+
+  MappedMemory() = default;
+  MappedMemory(MappedMemory&& other) noexcept;
+  MappedMemory& operator=(MappedMemory&& other) noexcept;
+  ~MappedMemory() { reset(); }
+
+  std::byte* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  std::span<std::byte> span() const { return {data_, bytes_}; }
+  /// -1: private. Belongs to this object.
+  int fd() const { return fd_.get(); }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  static Result<MappedMemory> map(FileDescriptor fd, size_t bytes);
+  void reset();
+
+  FileDescriptor fd_;
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace baton

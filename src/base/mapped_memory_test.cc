@@ -1,0 +1,43 @@
+#include "base/mapped_memory.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace baton {
+namespace {
+
+TEST(MappedMemory, SharedMemoryIsSeenThroughASecondMapping) {
+  Result<MappedMemory> memory = MappedMemory::create_shared("test", 1 << 20);
+  ASSERT_TRUE(memory.ok()) << memory.status().to_string();
+  void* second = ::mmap(nullptr, memory->bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, memory->fd(), 0);
+  ASSERT_NE(second, MAP_FAILED);
+  static_cast<std::byte*>(second)[12345] = std::byte{7};
+  EXPECT_EQ(memory->data()[12345], std::byte{7});
+  ::munmap(second, memory->bytes());
+}
+
+TEST(MappedMemory, SharedMemoryKeepsItsSize) {
+  Result<MappedMemory> memory = MappedMemory::create_shared("test", 1 << 20);
+  ASSERT_TRUE(memory.ok());
+  EXPECT_NE(::ftruncate(memory->fd(), 0), 0);
+  EXPECT_NE(::ftruncate(memory->fd(), 2 << 20), 0);
+  EXPECT_NE(::fcntl(memory->fd(), F_GET_SEALS) & F_SEAL_SHRINK, 0);
+}
+
+TEST(MappedMemory, MovesAndRefusesNothing) {
+  EXPECT_FALSE(MappedMemory::create_private(0).ok());
+  EXPECT_FALSE(MappedMemory::create_shared("test", 0).ok());
+  Result<MappedMemory> memory = MappedMemory::create_private(1 << 16);
+  ASSERT_TRUE(memory.ok());
+  EXPECT_EQ(memory->fd(), -1);
+  MappedMemory moved = std::move(*memory);
+  EXPECT_FALSE(*memory);
+  moved.data()[0] = std::byte{1};
+  moved = MappedMemory();
+  EXPECT_FALSE(moved);
+}
+
+}  // namespace
+}  // namespace baton
