@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <cstdio>
 #include <fstream>
 
 #include "base/log.h"
@@ -5,6 +7,7 @@
 #include "main/options.h"
 #include "ops/bench_engine.h"
 #include "ops/bench_serve.h"
+#include "ops/bench_transfer.h"
 
 namespace baton::cli {
 
@@ -110,13 +113,91 @@ void add_bench_engine(CommandLine& line, CLI::App& bench) {
   });
 }
 
+/// Sizes are words like 16KiB, which CLI11 leaves as they are.
+Status parse_sizes(const std::vector<std::string>& words, const char* option, std::vector<uint64_t>& sizes) {
+  sizes.clear();
+  for (const std::string& word : words) {
+    Result<int64_t> bytes = parse_bytes(word);
+    if (!bytes.ok()) return bytes.status().with_context(option);
+    if (*bytes <= 0) return invalid_argument("{} has '{}'; sizes are positive", option, word);
+    sizes.push_back(static_cast<uint64_t>(*bytes));
+  }
+  return {};
+}
+
+void add_bench_transfer(CommandLine& line, CLI::App& bench) {
+  struct Command {
+    ops::BenchTransferOptions options;
+    ops::BenchTransferTargetOptions target;
+    std::vector<std::string> block_bytes = {"4KiB", "16KiB", "64KiB", "256KiB", "1MiB", "4MiB", "16MiB"};
+    std::string pool_bytes = "512MiB";
+    std::string role = "initiator", json_path, html_path;
+    bool no_baseline = false, quiet = false;
+  };
+  auto command = std::make_shared<Command>();
+  ops::BenchTransferOptions& o = command->options;
+  CLI::App* app = bench.add_subcommand("transfer", "The transfer library between two processes or hosts, beside the bare transports.");
+  app->add_option("--transport", o.transports, "auto, shm, tcp, efa, verbs; one after the other")->capture_default_str();
+  app->add_option("--block-bytes", command->block_bytes, "block sizes")->capture_default_str();
+  app->add_option("--blocks", o.blocks, "blocks of one transfer [as many as come to 32 MiB]");
+  app->add_option("--order", o.order, "scattered, contiguous or both")->capture_default_str();
+  app->add_option("--memory", o.memory, "the target's pool: shared (peers on its host may map it) or private")->capture_default_str();
+  app->add_option("--pool-bytes", command->pool_bytes, "memory on each side; with --listen the most that is given")->capture_default_str();
+  app->add_option("--runs", o.runs, "runs of each; median, least and most are shown")->capture_default_str();
+  app->add_option("--pings", o.pings, "blocks sent there and back for the notification latency")->capture_default_str();
+  app->add_flag("--verify", o.verify, "compare every block on the target");
+  app->add_flag("--no-baseline", command->no_baseline, "leave the bare transports out");
+  CLI::Option* connect = app->add_option("--connect", o.connect, "HOST:PORT of a target [a process is started here]");
+  CLI::Option* listen = app->add_option("--listen", command->target.listen, "be the target of one initiator: HOST:PORT");
+  app->add_option("--timeout-ms", o.timeout_ms, "of one transfer")->capture_default_str();
+  app->add_option("--seed", o.seed, "of the order of blocks")->capture_default_str();
+  app->add_option("--json", command->json_path, "write the result there as JSON");
+  app->add_option("--html", command->html_path, "write a report with pictures there");
+  app->add_flag("-q,--quiet", command->quiet, "no line per row while it runs");
+  connect->excludes(listen);
+  // What the initiator starts itself with.
+  app->add_option("--role", command->role)->group("");
+  app->add_option("--fd", command->target.fd)->group("");
+  app->callback([&line, command] {
+    line.action = [command] {
+      if (log_level() == LogLevel::kInfo) set_log_level(LogLevel::kWarning);
+      ops::BenchTransferOptions& options = command->options;
+      Result<int64_t> pool_bytes = parse_bytes(command->pool_bytes);
+      if (!pool_bytes.ok()) return fail("bench transfer", pool_bytes.status());
+      options.pool_bytes = static_cast<uint64_t>(std::max<int64_t>(*pool_bytes, 0));
+      if (command->role == "target" || !command->target.listen.empty()) {
+        command->target.max_pool_bytes = options.pool_bytes;
+        command->target.timeout_ms = options.timeout_ms;
+        Status status = ops::run_bench_transfer_target(command->target, [](uint16_t port) {
+          fmt::print("waiting for an initiator on port {}\n", port);
+          std::fflush(stdout);
+        });
+        return status.ok() ? 0 : fail("bench transfer", status);
+      }
+      if (Status status = parse_sizes(command->block_bytes, "--block-bytes", options.block_bytes); !status.ok()) {
+        return fail("bench transfer", status);
+      }
+      options.baseline = !command->no_baseline;
+      options.progress = !command->quiet;
+      Result<ops::BenchTransferResult> result = ops::run_bench_transfer(options);
+      if (!result.ok()) return fail("bench transfer", result.status());
+      fmt::print("{}", ops::bench_transfer_table(*result));
+      Status status;
+      if (!command->json_path.empty()) status = write_file(command->json_path, ops::bench_transfer_json(*result));
+      if (status.ok() && !command->html_path.empty()) status = write_file(command->html_path, ops::bench_transfer_html(*result));
+      return status.ok() ? 0 : fail("bench transfer", status);
+    };
+  });
+}
+
 }  // namespace
 
 void add_bench(CommandLine& line) {
-  CLI::App* bench = line.app.add_subcommand("bench", "Measure a server or the engine.");
+  CLI::App* bench = line.app.add_subcommand("bench", "Measure a server, the engine or the transfer library.");
   bench->require_subcommand(1);
   add_bench_serve(line, *bench);
   add_bench_engine(line, *bench);
+  add_bench_transfer(line, *bench);
 }
 
 }  // namespace baton::cli

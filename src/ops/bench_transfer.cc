@@ -1,0 +1,565 @@
+#include "ops/bench_transfer.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <optional>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/mapped_memory.h"
+#include "base/random.h"
+#include "ops/bench_serve.h"
+#include "ops/bench_transfer_common.h"
+#include "ops/bench_transfer_wire.h"
+#include "ops/raw_fabric.h"
+#include "ops/raw_memory.h"
+#include "ops/raw_socket.h"
+
+extern char** environ;
+
+namespace baton::ops {
+
+namespace {
+
+using transfer::BlockPair;
+using transfer::BlockWrite;
+using transfer::Peer;
+using transfer::PoolId;
+using transfer::Tag;
+using transfer::Transfer;
+
+constexpr uint64_t kDefaultTransferBytes = 32u << 20;
+constexpr size_t kWindow = 256;  // AgentConfig's max_inflight_per_rail
+
+int64_t now_ns() { return SteadyClock::instance().now_ns(); }
+double ms_since(int64_t begin_ns) { return static_cast<double>(now_ns() - begin_ns) * 1e-6; }
+
+/// The target as a process of its own: this program again, with one end of a socket pair. Killed with this process.
+class TargetProcess {
+ public:
+  static Result<TargetProcess> start(FileDescriptor* channel, uint64_t max_pool_bytes) {
+    int ends[2];
+    if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return unavailable("socketpair: {}", std::strerror(errno));
+    FileDescriptor ours(ends[0]), theirs(ends[1]);
+    // What this command got from the environment is not meant for the target: it is told all it needs.
+    std::vector<char*> environment;
+    for (char** entry = environ; *entry != nullptr; ++entry) {
+      if (!std::string_view(*entry).starts_with("BATON_")) environment.push_back(*entry);
+    }
+    environment.push_back(nullptr);
+    std::vector<std::string> words = {"baton", "--log-level", "warning", "bench", "transfer", "--role", "target", "--fd",
+                                      std::to_string(theirs.get()), "--pool-bytes", std::to_string(max_pool_bytes)};
+    std::vector<char*> arguments;
+    for (std::string& word : words) arguments.push_back(word.data());
+    arguments.push_back(nullptr);
+    pid_t parent = ::getpid();
+    pid_t pid = ::fork();
+    if (pid < 0) return unavailable("fork: {}", std::strerror(errno));
+    if (pid == 0) {
+      ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+      if (::getppid() != parent) ::_exit(127);
+      ::fcntl(theirs.get(), F_SETFD, 0);
+      ::execve("/proc/self/exe", arguments.data(), environment.data());
+      ::_exit(127);
+    }
+    *channel = std::move(ours);
+    return TargetProcess(pid);
+  }
+  TargetProcess(TargetProcess&& other) noexcept : pid_(std::exchange(other.pid_, -1)) {}
+  TargetProcess& operator=(TargetProcess&&) = delete;
+  ~TargetProcess() {
+    if (pid_ < 0) return;
+    // After a goodbye it is about to end by itself; after a failure it may hang.
+    ::kill(pid_, SIGKILL);
+    ::waitpid(pid_, nullptr, 0);
+  }
+  pid_t pid() const { return pid_; }
+
+ private:
+  explicit TargetProcess(pid_t pid) : pid_(pid) {}
+  pid_t pid_;
+};
+
+/// Blocks to move: `count` different ones of `total` on each side.
+class BlockPicker {
+ public:
+  BlockPicker(uint64_t total, uint64_t seed) : local_(total), remote_(total), random_(seed) {
+    std::iota(local_.begin(), local_.end(), 0u);
+    std::iota(remote_.begin(), remote_.end(), 0u);
+  }
+  std::vector<BlockPair> scattered(uint64_t count) {
+    std::vector<BlockPair> pairs;
+    pairs.reserve(count);
+    for (uint64_t i = 0; i < count; ++i) {
+      std::swap(local_[i], local_[i + random_.below(local_.size() - i)]);
+      std::swap(remote_[i], remote_[i + random_.below(remote_.size() - i)]);
+      pairs.push_back({local_[i], remote_[i]});
+    }
+    return pairs;
+  }
+  std::vector<BlockPair> contiguous(uint64_t count) {
+    auto local = static_cast<uint32_t>(random_.below(local_.size() - count + 1));
+    auto remote = static_cast<uint32_t>(random_.below(remote_.size() - count + 1));
+    std::vector<BlockPair> pairs;
+    for (uint32_t i = 0; i < count; ++i) pairs.push_back({local + i, remote + i});
+    return pairs;
+  }
+
+ private:
+  std::vector<uint32_t> local_, remote_;
+  Random random_;
+};
+
+/// Seconds of each run, and what all of them took of both processors.
+struct Series {
+  std::vector<double> seconds;
+  uint64_t here_cpu_ns = 0, there_cpu_ns = 0;
+};
+
+struct Baseline {
+  std::string name;
+  std::function<Result<double>(std::span<const BlockPair>, uint64_t block_bytes)> run;
+  Series series = {};
+};
+
+class Initiator {
+ public:
+  explicit Initiator(const BenchTransferOptions& options) : options_(options) { result_.options = options; }
+
+  Result<BenchTransferResult> run() {
+    BATON_RETURN_IF_ERROR(connect());
+    BATON_ASSIGN_OR_RETURN(pool_, MappedMemory::create_private(options_.pool_bytes));
+    auto* words = reinterpret_cast<uint64_t*>(pool_.data());
+    for (size_t i = 0; i < pool_.bytes() / sizeof(uint64_t); ++i) words[i] = mix_bits(options_.seed + i);
+    for (const std::string& transport : options_.transports) {
+      BATON_RETURN_IF_ERROR(measure_transport(transport).with_context(fmt::format("transport {}", transport)));
+    }
+    BATON_RETURN_IF_ERROR(call({.command = BenchCommand::kBye}).status());
+    return std::move(result_);
+  }
+
+ private:
+  Status connect() {
+    FileDescriptor socket;
+    if (options_.connect.empty()) {
+      BATON_ASSIGN_OR_RETURN(TargetProcess process, TargetProcess::start(&socket, options_.pool_bytes));
+      process_.emplace(std::move(process));
+    } else {
+      BATON_ASSIGN_OR_RETURN(HostPort address, parse_host_port(options_.connect, false));
+      BATON_ASSIGN_OR_RETURN(socket, connect_tcp(address, options_.timeout_ms));
+    }
+    channel_.emplace(std::move(socket));
+    BATON_ASSIGN_OR_RETURN(BenchReply hello, call({.command = BenchCommand::kHello}));
+    same_host_ = hello.host_id == host_id() && !hello.host_id.empty();
+    ip_ = channel_->local_ip();
+    target_ip_ = channel_->remote_ip();
+    if (ip_.empty()) ip_ = target_ip_ = "127.0.0.1";
+    result_.target = process_ ? fmt::format("process {} on this host", process_->pid())
+                              : fmt::format("{} ({} host)", options_.connect, same_host_ ? "this" : "another");
+    return {};
+  }
+
+  Result<BenchReply> receive() {
+    BATON_ASSIGN_OR_RETURN(std::string frame, channel_->receive(options_.timeout_ms));
+    BATON_ASSIGN_OR_RETURN(BenchReply reply, parse_bench_reply(frame));
+    if (!reply.status().ok()) return reply.status().with_context("the target");
+    return reply;
+  }
+  Result<BenchReply> call(const BenchRequest& request) {
+    BATON_RETURN_IF_ERROR(channel_->send(encode(request)));
+    return receive();
+  }
+
+  Status measure_transport(const std::string& asked) {
+    BenchPath path;
+    path.asked = asked;
+    BenchRequest open{.command = BenchCommand::kOpen};
+    open.transport = asked;
+    open.shared_memory = options_.memory == "shared";
+    open.pool_bytes = options_.pool_bytes;
+    open.block_sizes = options_.block_bytes;
+    BATON_ASSIGN_OR_RETURN(BenchReply opened, call(open));
+
+    uint64_t resident_before = resident_bytes();
+    int64_t begin_ns = now_ns();
+    BATON_ASSIGN_OR_RETURN(agent_, BenchAgent::open("initiator", asked, ip_, options_.timeout_ms, pool_.span(), options_.block_bytes));
+    path.agent_ms = ms_since(begin_ns);
+    begin_ns = now_ns();
+    BATON_ASSIGN_OR_RETURN(peer_, agent_.agent->connect(opened.text));
+    uint64_t smallest = *std::min_element(options_.block_bytes.begin(), options_.block_bytes.end());
+    BATON_RETURN_IF_ERROR(write({{0, 0}}, smallest, smallest, Tag::kNone).status());
+    path.connect_ms = ms_since(begin_ns);
+    uint64_t resident_after = resident_bytes();
+    path.initiator_bytes = resident_after - std::min(resident_after, resident_before);
+    BATON_ASSIGN_OR_RETURN(BenchReply usage, call({.command = BenchCommand::kUsage}));
+    path.target_bytes = usage.resident_bytes - std::min(usage.resident_bytes, opened.resident_bytes);
+    transfer::PathInfo info = peer_.path();
+    path.transport = info.transport;
+    path.provider = info.provider;
+    path.reason = info.reason;
+
+    std::vector<Baseline> baselines;
+    if (options_.baseline) open_baselines(path, baselines);
+    if (options_.pings > 0) BATON_RETURN_IF_ERROR(measure_notifications(path));
+    for (uint64_t block_bytes : options_.block_bytes) {
+      for (uint64_t blocks : block_counts(options_, block_bytes)) {
+        for (const char* order : {"scattered", "contiguous"}) {
+          if (options_.order != order && options_.order != "both") continue;
+          BATON_RETURN_IF_ERROR(measure_row(path, block_bytes, blocks, order, baselines));
+        }
+      }
+    }
+    BATON_ASSIGN_OR_RETURN(usage, call({.command = BenchCommand::kUsage}));
+    path.initiator_resident_bytes = resident_bytes();
+    path.target_resident_bytes = usage.resident_bytes;
+    result_.paths.push_back(std::move(path));
+    raw_fabric_.reset();
+    raw_socket_.reset();
+    raw_copy_.reset();
+    Status closed = peer_.close();
+    peer_ = Peer();
+    agent_ = {};
+    if (!closed.ok()) log_warning("bench transfer: closing the path: {}", closed.to_string());
+    return call({.command = BenchCommand::kClose}).status();
+  }
+
+  /// One transfer of ours, waited for. Nanoseconds.
+  Result<int64_t> write(std::vector<BlockPair> blocks, uint64_t block_bytes, uint64_t bytes, Tag tag) {
+    BATON_ASSIGN_OR_RETURN(PoolId pool, agent_.pool_of(block_bytes));
+    BlockWrite write;
+    write.local_pool = pool;
+    write.remote_pool = pool;
+    write.blocks = std::move(blocks);
+    write.length_bytes = bytes;
+    write.tag = tag;
+    int64_t begin_ns = now_ns();
+    BATON_ASSIGN_OR_RETURN(Transfer transfer, peer_.write(std::move(write)));
+    BATON_RETURN_IF_ERROR(transfer.wait());
+    return now_ns() - begin_ns;
+  }
+
+  /// A baseline that cannot be had here is left out, with the reason in the log; ours is measured all the same.
+  void open_baselines(const BenchPath& path, std::vector<Baseline>& baselines) {
+    auto add = [&](const char* name, const Status& status, auto run) {
+      if (status.ok()) {
+        baselines.push_back({name, std::move(run)});
+      } else {
+        log_warning("bench transfer: without the baseline '{}': {}", name, status.to_string());
+      }
+    };
+    if (path.transport == "shm") {
+      add("memcpy", open_raw_memory(), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
+        return raw_copy_->copy(pool_.data(), pairs, block_bytes);
+      });
+      add("process_vm_writev", raw_write_ ? Status() : unavailable("the pool's address is not known"),
+          [this](std::span<const BlockPair> pairs, uint64_t block_bytes) { return raw_write_->copy(pool_.data(), pairs, block_bytes); });
+      return;
+    }
+    if (path.transport == "sim") return;
+    add("libfabric", open_raw_fabric(path.provider), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
+      BATON_RETURN_IF_ERROR(channel_->send(encode(BenchRequest{.command = BenchCommand::kRawFabricRun})));
+      Result<double> seconds = raw_fabric_->write(pairs, block_bytes, kWindow, options_.timeout_ms);
+      BATON_RETURN_IF_ERROR(stop_raw_fabric());
+      return seconds;
+    });
+    if (path.transport == "tcp") {
+      add("socket", open_raw_socket(), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
+        BenchRequest request{.command = BenchCommand::kRawSocketRun};
+        request.bytes = pairs.size() * block_bytes;
+        BATON_RETURN_IF_ERROR(channel_->send(encode(request)));
+        BATON_ASSIGN_OR_RETURN(double seconds, raw_socket_->stream(pool_.data(), pairs, block_bytes));
+        BATON_RETURN_IF_ERROR(receive().status());
+        return seconds;
+      });
+    }
+  }
+
+  Status open_raw_memory() {
+    if (!same_host_) return failed_precondition("the target is on another host");
+    BATON_ASSIGN_OR_RETURN(BenchReply where, call({.command = BenchCommand::kRawMemory}));
+    if (where.bytes != pool_.bytes()) return failed_precondition("the target's pool has {} bytes, this one {}", where.bytes, pool_.bytes());
+    raw_write_.emplace(where.pid, where.address);
+    BATON_ASSIGN_OR_RETURN(RawSharedCopy copy, RawSharedCopy::open(where.pid, where.fd, where.bytes));
+    raw_copy_.emplace(std::move(copy));
+    return {};
+  }
+
+  Status open_raw_fabric(const std::string& provider) {
+    BenchRequest open{.command = BenchCommand::kRawFabricOpen};
+    open.transport = provider;
+    BATON_ASSIGN_OR_RETURN(BenchReply where, call(open));
+    BATON_ASSIGN_OR_RETURN(raw_fabric_, RawFabric::open(provider, ip_, pool_.span()));
+    BATON_RETURN_IF_ERROR(channel_->send(encode(BenchRequest{.command = BenchCommand::kRawFabricRun})));
+    Status connected = raw_fabric_->connect(where.text, where.address, where.key, options_.timeout_ms);
+    BATON_RETURN_IF_ERROR(stop_raw_fabric());
+    return connected;
+  }
+  /// The run ends when the target sees the next request: two answers come.
+  Status stop_raw_fabric() {
+    BATON_RETURN_IF_ERROR(channel_->send(encode(BenchRequest{.command = BenchCommand::kStop})));
+    Status run = receive().status();
+    Status stop = receive().status();
+    return run.ok() ? stop : run;
+  }
+
+  Status open_raw_socket() {
+    BATON_ASSIGN_OR_RETURN(BenchReply where, call({.command = BenchCommand::kRawSocketOpen}));
+    BATON_ASSIGN_OR_RETURN(RawSocketInitiator socket, RawSocketInitiator::connect(target_ip_, where.port, options_.timeout_ms));
+    raw_socket_.emplace(std::move(socket));
+    return {};
+  }
+
+  Status measure_notifications(BenchPath& path) {
+    BenchRequest attach{.command = BenchCommand::kAttach};
+    attach.metadata = agent_.agent->metadata();
+    BATON_ASSIGN_OR_RETURN(BenchReply attached, call(attach));
+    if (attached.text != path.transport) {
+      return internal_error("this side writes over {}, the target over {}", path.transport, attached.text);
+    }
+    for (uint64_t bytes : {uint64_t{4} << 10, uint64_t{64} << 10}) {
+      uint64_t block_bytes = 0;  // of the smallest pool that has room for it
+      for (uint64_t size : options_.block_bytes) {
+        if (size >= bytes && (block_bytes == 0 || size < block_bytes)) block_bytes = size;
+      }
+      if (block_bytes == 0) continue;
+      BATON_ASSIGN_OR_RETURN(BenchNotification notification, measure_notification(block_bytes, bytes));
+      if (raw_socket_) BATON_RETURN_IF_ERROR(measure_socket_echo(bytes, notification));
+      path.notifications.push_back(notification);
+    }
+    return {};
+  }
+
+  Result<BenchNotification> measure_notification(uint64_t block_bytes, uint64_t bytes) {
+    BATON_ASSIGN_OR_RETURN(Tag mine, agent_.agent->open_inbox());
+    BenchRequest echo{.command = BenchCommand::kEcho};
+    echo.tag = static_cast<uint32_t>(mine);
+    echo.block_bytes = block_bytes;
+    echo.bytes = bytes;
+    BATON_ASSIGN_OR_RETURN(BenchReply started, call(echo));
+    BATON_ASSIGN_OR_RETURN(PoolId pool, agent_.pool_of(block_bytes));
+    std::mutex mutex;
+    std::condition_variable arrived;
+    int64_t arrived_ns = 0;
+    std::vector<double> latencies_us;
+    int32_t warmup = std::min(options_.pings, 50);
+    Status status;
+    for (int32_t i = 0; i < warmup + options_.pings && status.ok(); ++i) {
+      arrived_ns = 0;
+      status = agent_.agent->expect(mine, static_cast<uint64_t>(i) + 1, [&] {
+        std::lock_guard lock(mutex);
+        arrived_ns = now_ns();
+        arrived.notify_one();
+      });
+      if (!status.ok()) break;
+      BlockWrite write;
+      write.local_pool = pool;
+      write.remote_pool = pool;
+      write.blocks = {{0, 0}};
+      write.length_bytes = bytes;
+      write.tag = static_cast<Tag>(started.tag);
+      int64_t begin_ns = now_ns();
+      status = peer_.write(std::move(write)).status();
+      std::unique_lock lock(mutex);
+      if (status.ok() && !arrived.wait_for(lock, std::chrono::milliseconds(options_.timeout_ms), [&] { return arrived_ns != 0; })) {
+        status = deadline_exceeded("no answer to a block of {} bytes within {} ms", bytes, options_.timeout_ms);
+      }
+      if (status.ok() && i >= warmup) latencies_us.push_back(static_cast<double>(arrived_ns - begin_ns) * 1e-3 / 2);
+    }
+    agent_.agent->close_inbox(mine);
+    BATON_RETURN_IF_ERROR(status);
+    BATON_RETURN_IF_ERROR(call({.command = BenchCommand::kEchoStop}).status());
+    Distribution distribution = describe(latencies_us);
+    return BenchNotification{bytes, distribution.p50, distribution.p99, *std::min_element(latencies_us.begin(), latencies_us.end()), 0};
+  }
+
+  Status measure_socket_echo(uint64_t bytes, BenchNotification& notification) {
+    BenchRequest echo{.command = BenchCommand::kRawSocketEcho};
+    echo.bytes = bytes;
+    echo.count = static_cast<uint64_t>(options_.pings);
+    BATON_RETURN_IF_ERROR(channel_->send(encode(echo)));
+    std::vector<double> latencies_us;
+    std::vector<std::byte> buffer(bytes);
+    for (int32_t i = 0; i < options_.pings; ++i) {
+      BATON_ASSIGN_OR_RETURN(double seconds, raw_socket_->round_trip(buffer.data(), bytes));
+      latencies_us.push_back(seconds * 1e6 / 2);
+    }
+    notification.socket_p50_us = describe(latencies_us).p50;
+    return receive().status();
+  }
+
+  Status measure_row(const BenchPath& path, uint64_t block_bytes, uint64_t blocks, const std::string& order, std::vector<Baseline>& baselines) {
+    BlockPicker picker(options_.pool_bytes / block_bytes, options_.seed);
+    Series ours;
+    for (Baseline& baseline : baselines) baseline.series = {};
+    BATON_ASSIGN_OR_RETURN(uint64_t retries_before, retries());
+    for (int32_t run = 0; run <= options_.runs; ++run) {
+      bool counts = run > 0;  // the first warms up
+      // Everybody takes turns at being the first, with blocks of their own: what one leaves in a cache helps nobody.
+      size_t contestants = baselines.size() + 1;
+      for (size_t turn = 0; turn < contestants; ++turn) {
+        size_t who = (turn + static_cast<size_t>(run)) % contestants;
+        std::vector<BlockPair> pairs = order == "scattered" ? picker.scattered(blocks) : picker.contiguous(blocks);
+        if (who > 0) {
+          Baseline& baseline = baselines[who - 1];
+          BATON_RETURN_IF_ERROR(measure(baseline.series, counts, [&] { return baseline.run(pairs, block_bytes); }).with_context(baseline.name));
+          continue;
+        }
+        if (options_.verify) BATON_RETURN_IF_ERROR(prepare(pairs, block_bytes));
+        BATON_RETURN_IF_ERROR(measure(ours, counts, [&]() -> Result<double> {
+          BATON_ASSIGN_OR_RETURN(int64_t ns, write(pairs, block_bytes, block_bytes, Tag::kNone));
+          return static_cast<double>(ns) * 1e-9;
+        }));
+        if (options_.verify) BATON_RETURN_IF_ERROR(check(pairs, block_bytes));
+      }
+    }
+    BATON_ASSIGN_OR_RETURN(uint64_t retries_after, retries());
+
+    auto bytes = static_cast<double>(block_bytes * blocks);
+    double gigabytes = bytes * 1e-9 * options_.runs;
+    auto rates = [&](const Series& series) {
+      std::vector<double> values;
+      for (double seconds : series.seconds) values.push_back(bytes / seconds);
+      return values;
+    };
+    BenchTransferRow row;
+    row.transport = path.transport;
+    row.order = order;
+    row.block_bytes = block_bytes;
+    row.blocks = blocks;
+    row.bytes_per_s = spread_of(rates(ours));
+    row.ms = describe(ours.seconds).p50 * 1e3;
+    row.initiator_cpu_s_per_gb = static_cast<double>(ours.here_cpu_ns) * 1e-9 / gigabytes;
+    row.target_cpu_s_per_gb = static_cast<double>(ours.there_cpu_ns) * 1e-9 / gigabytes;
+    row.retries = retries_after - retries_before;
+    for (const Baseline& baseline : baselines) {
+      std::vector<double> ratios;
+      for (size_t i = 0; i < ours.seconds.size(); ++i) ratios.push_back(baseline.series.seconds[i] / ours.seconds[i]);
+      row.baselines.push_back({baseline.name, spread_of(rates(baseline.series)), describe(ratios).p50,
+                               static_cast<double>(baseline.series.here_cpu_ns + baseline.series.there_cpu_ns) * 1e-9 / gigabytes});
+    }
+    if (options_.progress) {
+      fmt::print(stderr, "{} {} x {} {}: {:.2f} GB/s\n", row.transport, row.blocks, format_bytes(row.block_bytes), row.order,
+                 row.bytes_per_s.median * 1e-9);
+    }
+    result_.rows.push_back(std::move(row));
+    return {};
+  }
+
+  template <typename Run>
+  Status measure(Series& series, bool counts, Run run) {
+    BATON_ASSIGN_OR_RETURN(BenchReply before, call({.command = BenchCommand::kUsage}));
+    uint64_t cpu_ns = process_cpu_ns();
+    Result<double> seconds = run();
+    cpu_ns = process_cpu_ns() - cpu_ns;
+    if (!seconds.ok()) return seconds.status();
+    BATON_ASSIGN_OR_RETURN(BenchReply after, call({.command = BenchCommand::kUsage}));
+    if (!counts) return {};
+    series.seconds.push_back(*seconds);
+    series.here_cpu_ns += cpu_ns;
+    series.there_cpu_ns += after.cpu_ns - std::min(after.cpu_ns, before.cpu_ns);
+    return {};
+  }
+
+  Result<uint64_t> retries() {
+    BATON_ASSIGN_OR_RETURN(BenchReply usage, call({.command = BenchCommand::kUsage}));
+    return usage.retries + agent_.agent->stats().retries;
+  }
+
+  BenchRequest about_blocks(BenchCommand command, std::span<const BlockPair> pairs, uint64_t block_bytes) {
+    BenchRequest request{.command = command};
+    request.block_bytes = block_bytes;
+    for (const BlockPair& pair : pairs) request.blocks.push_back(pair.remote_block);
+    return request;
+  }
+  Status prepare(std::span<const BlockPair> pairs, uint64_t block_bytes) {
+    return call(about_blocks(BenchCommand::kPrepare, pairs, block_bytes)).status();
+  }
+  Status check(std::span<const BlockPair> pairs, uint64_t block_bytes) {
+    BenchRequest request = about_blocks(BenchCommand::kCheck, pairs, block_bytes);
+    for (const BlockPair& pair : pairs) {
+      request.hashes.push_back(hash_block(pool_.span().subspan(pair.local_block * block_bytes, block_bytes)));
+    }
+    BATON_ASSIGN_OR_RETURN(BenchReply reply, call(request));
+    if (reply.bad_blocks > 0) {
+      return data_loss("{} of {} blocks of {} bytes are wrong in the target's memory", reply.bad_blocks, pairs.size(), block_bytes);
+    }
+    result_.verified_blocks += pairs.size();
+    return {};
+  }
+
+  const BenchTransferOptions options_;
+  BenchTransferResult result_;
+  std::optional<TargetProcess> process_;
+  std::optional<BenchChannel> channel_;
+  bool same_host_ = false;
+  std::string ip_, target_ip_;
+  MappedMemory pool_;
+  std::optional<RawSharedCopy> raw_copy_;
+  std::optional<RawProcessWrite> raw_write_;
+  std::unique_ptr<RawFabric> raw_fabric_;
+  std::optional<RawSocketInitiator> raw_socket_;
+  BenchAgent agent_;
+  Peer peer_;
+};
+
+}  // namespace
+
+Status BenchTransferOptions::validate() const {
+  if (transports.empty()) return invalid_argument("--transport names no transport");
+  if (block_bytes.empty() || block_bytes.size() > kMaxBenchSizes) {
+    return invalid_argument("--block-bytes has {} sizes; 1 to {} are possible", block_bytes.size(), kMaxBenchSizes);
+  }
+  if (pool_bytes == 0 || pool_bytes % 8 != 0) return invalid_argument("--pool-bytes is {}; it must be a positive multiple of 8", pool_bytes);
+  if (order != "scattered" && order != "contiguous" && order != "both") {
+    return invalid_argument("--order is '{}'; there are scattered, contiguous and both", order);
+  }
+  if (memory != "shared" && memory != "private") return invalid_argument("--memory is '{}'; there are shared and private", memory);
+  if (runs < 1 || runs > 10'000) return invalid_argument("--runs is {}; 1 to 10000 are possible", runs);
+  if (pings < 0 || pings > 1'000'000) return invalid_argument("--pings is {}; 0 to 1000000 are possible", pings);
+  if (timeout_ms < 1) return invalid_argument("--timeout-ms is {}; it must be positive", timeout_ms);
+  for (uint64_t bytes : block_bytes) {
+    if (bytes < 8 || bytes % 8 != 0) return invalid_argument("--block-bytes has {}; blocks are a multiple of 8 bytes", bytes);
+    for (uint64_t count : block_counts(*this, bytes)) {
+      if (count < 1 || count > kMaxBenchBlocks) {
+        return invalid_argument("a transfer of {} blocks; 1 to {} are possible (--blocks)", count, kMaxBenchBlocks);
+      }
+      if (bytes > pool_bytes || count > pool_bytes / bytes) {
+        return invalid_argument("{} blocks of {} bytes do not fit into a pool of {} bytes (--pool-bytes)", count, bytes, pool_bytes);
+      }
+    }
+  }
+  return {};
+}
+
+std::vector<uint64_t> block_counts(const BenchTransferOptions& options, uint64_t block_bytes) {
+  if (!options.blocks.empty()) return options.blocks;
+  uint64_t count = kDefaultTransferBytes / std::max<uint64_t>(block_bytes, 1);
+  return {std::clamp<uint64_t>(count, 1, kMaxBenchBlocks)};
+}
+
+Spread spread_of(std::vector<double> values) {
+  if (values.empty()) return {};
+  auto [min, max] = std::minmax_element(values.begin(), values.end());
+  Spread spread{0, *min, *max};
+  spread.median = describe(std::move(values)).p50;
+  return spread;
+}
+
+Result<BenchTransferResult> run_bench_transfer(const BenchTransferOptions& options) {
+  BATON_RETURN_IF_ERROR(options.validate());
+  return Initiator(options).run();
+}
+
+}  // namespace baton::ops

@@ -1,0 +1,58 @@
+#include "ops/bench_transfer_common.h"
+
+#include <time.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <fstream>
+
+namespace baton::ops {
+
+uint64_t process_cpu_ns() {
+  timespec time{};
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<uint64_t>(time.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(time.tv_nsec);
+}
+
+uint64_t resident_bytes() {
+  std::ifstream file("/proc/self/statm");
+  uint64_t total = 0, resident = 0;
+  file >> total >> resident;
+  return resident * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+}
+
+std::string host_id() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  std::getline(file, id);
+  return id.substr(0, 64);
+}
+
+uint64_t hash_block(std::span<const std::byte> block) { return XXH3_64bits(block.data(), block.size()); }
+
+Result<BenchAgent> BenchAgent::open(const std::string& name, const std::string& transport, const std::string& ip,
+                                    int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes) {
+  transfer::AgentConfig config;
+  config.name = name;
+  config.transport = transport;
+  config.bind_address = ip;
+  config.default_timeout_ms = timeout_ms;
+  BenchAgent result;
+  BATON_ASSIGN_OR_RETURN(result.agent, transfer::Agent::create(config));
+  BATON_ASSIGN_OR_RETURN(transfer::MemoryRegion region, result.agent->register_memory(memory, transfer::MemoryKind::kHost));
+  for (uint64_t bytes : block_sizes) {
+    if (bytes == 0 || bytes > memory.size()) return invalid_argument("blocks of {} bytes in a pool of {}", bytes, memory.size());
+    BATON_RETURN_IF_ERROR(result.agent->add_pool({region, bytes, memory.size() / bytes}).status());
+  }
+  result.block_sizes = block_sizes;
+  return result;
+}
+
+Result<transfer::PoolId> BenchAgent::pool_of(uint64_t block_bytes) const {
+  auto found = std::find(block_sizes.begin(), block_sizes.end(), block_bytes);
+  if (found == block_sizes.end()) return invalid_argument("there is no pool with blocks of {} bytes", block_bytes);
+  return static_cast<transfer::PoolId>(found - block_sizes.begin());
+}
+
+}  // namespace baton::ops

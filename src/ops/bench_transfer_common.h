@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "base/status.h"
+#include "transfer/include/baton/transfer.h"
+
+/// What both roles of `baton bench transfer` need.
+namespace baton::ops {
+
+/// The CPU time of this process so far, all threads.
+uint64_t process_cpu_ns();
+uint64_t resident_bytes();
+/// Which running kernel this is: equal on both sides means one host.
+std::string host_id();
+uint64_t hash_block(std::span<const std::byte> block);
+
+/// An agent with one pool per block size, all over the same memory.
+struct BenchAgent {
+  std::unique_ptr<transfer::Agent> agent;
+  std::vector<uint64_t> block_sizes;  ///< pool i has blocks of block_sizes[i] bytes
+
+  static Result<BenchAgent> open(const std::string& name, const std::string& transport, const std::string& ip,
+                                 int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes);
+  Result<transfer::PoolId> pool_of(uint64_t block_bytes) const;
+};
+
+}  // namespace baton::ops

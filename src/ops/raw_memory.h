@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/mapped_memory.h"
+#include "base/status.h"
+#include "transfer/include/baton/transfer.h"
+
+/// What this machine does between two processes with nothing of ours around it: the limits that `baton bench transfer`
+/// shows beside the agent. Plain loops on purpose.
+namespace baton::ops {
+
+/// One block after the other with memcpy(), from this process's memory into memory that another process has, too.
+class RawSharedCopy {
+ public:
+  /// Maps `fd` of process `pid` (both on this host, same user).
+  static Result<RawSharedCopy> open(uint64_t pid, uint64_t fd, uint64_t bytes);
+  RawSharedCopy(RawSharedCopy&& other) noexcept;
+  RawSharedCopy& operator=(RawSharedCopy&&) = delete;
+  ~RawSharedCopy();
+  /// Seconds.
+  double copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
+
+ private:
+  RawSharedCopy(std::byte* remote, size_t bytes) : remote_(remote), bytes_(bytes) {}
+  std::byte* remote_;
+  size_t bytes_;
+};
+
+/// process_vm_writev() with as many blocks a call as come to about 2 MiB, 512 at most.
+class RawProcessWrite {
+ public:
+  RawProcessWrite(uint64_t pid, uint64_t address) : pid_(static_cast<int>(pid)), address_(address) {}
+  Result<double> copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
+
+ private:
+  int pid_;
+  uint64_t address_;
+};
+
+}  // namespace baton::ops
