@@ -70,6 +70,10 @@ class CompletionTask : public std::enable_shared_from_this<CompletionTask> {
   Status prepare();
   Result<std::vector<int32_t>> tokenize(const Prompt& prompt) const;
   Status check_prompt(const std::vector<int32_t>& ids) const;
+  /// What one token of every answer adds to the logprobs that a whole response keeps; 0 without logprobs.
+  int64_t entries_per_token() const {
+    return static_cast<int64_t>(prompts_.size()) * request_.n * (request_.sampling.logprobs() + 1);
+  }
   void submit_all();
   void on_event(size_t index, RouterEvent&& event);
   void on_token(Sequence& sequence, const protocol::TokenOutput& output);
@@ -152,8 +156,7 @@ Status CompletionTask::prepare() {
     std::string().swap(*text);
   }
   // Logprobs of a whole response are kept until it is complete.
-  int64_t logprob_entries = static_cast<int64_t>(prompts_.size()) * request_.n * request_.sampling.max_tokens() *
-                            (request_.sampling.logprobs() + 1);
+  const int64_t logprob_entries = entries_per_token() * request_.sampling.max_tokens();
   if (request_.has_max_tokens && !request_.stream && logprob_entries > kMaxLogprobEntries) {
     return invalid_argument("prompts x n x max_tokens x logprobs make {} entries, the limit is {}; ask for fewer, or use "
                             "'stream': true", logprob_entries, kMaxLogprobEntries);
@@ -190,8 +193,13 @@ void CompletionTask::submit_all() {
     body.sampling = request_.sampling;
     int32_t limit = context_.max_model_len();
     int32_t room = limit > 0 ? limit - static_cast<int32_t>(body.prompt.size()) : body.sampling.max_tokens();
-    // Chat without max_tokens may fill the context, as OpenAI's does; completions keep their default of 16.
-    if (!request_.has_max_tokens && request_.chat && limit > 0) body.sampling.set_max_tokens(room);
+    // Chat without max_tokens may fill the context, as OpenAI's does (or what a whole response may keep); completions
+    // keep their default of 16.
+    if (!request_.has_max_tokens && request_.chat && limit > 0) {
+      const int64_t entries = request_.stream ? 0 : entries_per_token();
+      const int64_t kept = entries == 0 ? room : std::max<int64_t>(1, kMaxLogprobEntries / entries);
+      body.sampling.set_max_tokens(static_cast<int32_t>(std::min<int64_t>(room, kept)));
+    }
     body.sampling.set_max_tokens(std::max(1, std::min(body.sampling.max_tokens(), room)));
     // The first of n answers is the one that n = 1 would give.
     int32_t copy = sequence.index % request_.n;

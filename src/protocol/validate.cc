@@ -70,6 +70,7 @@ Status check(const Hello& hello) {
   c.length("fingerprint", hello.fingerprint(), kMaxTextBytes);
   c.length("transfer_metadata", hello.transfer_metadata(), kMaxMetadataBytes);
   c.length("transport", hello.transport(), kMaxTextBytes);
+  c.length("kernels", hello.kernels(), kMaxTextBytes);
   if (hello.role() != ROLE_ROUTER) {
     c.range("vocab_size", hello.vocab_size(), 1, 1 << 24);
     c.range("max_model_len", hello.max_model_len(), 1, 1 << 30);

@@ -18,6 +18,7 @@ namespace baton::worker {
 struct CoreConfig {
   std::string name = "worker";
   protocol::Role role = protocol::ROLE_BOTH;
+  std::string kernels;  // Kernels::name()
   std::string served_model_name = "model";
   int32_t max_model_len = 4096;
   /// Prompts with fewer tokens to compute than this are prefilled here; BreakEven::kMeasured: learned.

@@ -130,6 +130,11 @@ Status PeerTable::on_hello(PrefillPeer& peer, const protocol::Hello& hello) {
     log_error("{} can't prefill for us: {}", peer.name, peer.refused.message());
   } else {
     log_info("prefill worker {} at {} is connected", peer.name, peer.address);
+    if (hello.kernels() != context_.config.kernels) {
+      log_warning("{} computes with {}, this worker with {}: outputs may differ from those of a single worker where two "
+                  "tokens are nearly as likely; --isa gives all workers the same", peer.name, hello.kernels(),
+                  context_.config.kernels);
+    }
   }
   return {};
 }

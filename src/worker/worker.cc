@@ -66,6 +66,7 @@ class WorkerImpl final : public Worker {
     core.name = config_.name;
     BATON_ASSIGN_OR_RETURN(core.role, parse_role(config_.role));
     core.served_model_name = config_.served_model_name;
+    if (kernels_) core.kernels = kernels_->name();
     core.max_model_len = engine_->config().max_model_len;
     core.local_prefill_tokens = config_.local_prefill_tokens;
     core.lease_ms = config_.lease_ms;

@@ -204,6 +204,7 @@ protocol::Hello WorkerCore::make_hello() const {
   hello.set_max_model_len(context_.config.max_model_len);
   hello.set_block_tokens(context_.engine.layout().block_tokens);
   hello.set_transport(context_.transfer.describe());
+  hello.set_kernels(context_.config.kernels);
   return hello;
 }
 
