@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "transfer/agent_impl.h"
+#include "transfer/cuda/cuda_backend.h"
 #include "transfer/fabric/fabric_backend.h"
 #include "transfer/fabric/provider.h"
 #include "transfer/shm/shm_backend.h"
@@ -17,7 +18,9 @@
 namespace baton::transfer {
 namespace {
 
-constexpr std::array<std::string_view, 6> kTransports = {"auto", "shm", "tcp", "efa", "verbs", "sim"};
+constexpr std::array<std::string_view, 7> kTransports = {"auto", "shm", "tcp", "efa", "verbs", "cuda_ipc", "sim"};
+
+std::string_view kind_name(MemoryKind kind) { return kind == MemoryKind::kCuda ? "GPU" : "host"; }
 
 /// Identifies the running kernel: the same for all containers of a host, new after every boot.
 std::string read_host_id() {
@@ -97,6 +100,7 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
     return invalid_argument("transport 'sim' is made with create_sim_agent()");
   }
   if (transport == "shm") return add(create_shm_backend(context_));
+  if (transport == "cuda_ipc") return add(create_cuda_backend(context_));
   if (transport != "auto") return add(create_fabric_backend(context_, transport, true));
 
   // auto: what each of these can do is decided per peer, in choose_path().
@@ -117,6 +121,21 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
     }
   }
   if (backends_.empty()) return unavailable("no transport could be opened; the log says why");
+  return Status();
+}
+
+/// Under the lock. With "auto" the driver is not touched before somebody has GPU memory.
+Status AgentCore::need_cuda_backend() {
+  for (const auto& backend : backends_) {
+    if (backend->moves(MemoryKind::kCuda)) return Status();
+  }
+  if (config_.transport != "auto") {
+    return invalid_argument("transport '{}' moves host memory only; GPU memory needs 'auto' or 'cuda_ipc'",
+                            config_.transport);
+  }
+  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, create_cuda_backend(context_));
+  log_info("transfer {}: offers {} as well", config_.name, backend->describe());
+  backends_.insert(backends_.begin(), std::move(backend));
   return Status();
 }
 
@@ -175,12 +194,16 @@ size_t MemoryRegion::bytes() const { return impl_ ? impl_->memory().size() : 0; 
 
 Result<MemoryRegion> AgentCore::register_memory(std::span<std::byte> memory, MemoryKind kind) {
   if (memory.empty()) return invalid_argument("registering no memory");
-  if (kind != MemoryKind::kHost) return unimplemented("this build moves host memory only");
   auto impl = std::make_shared<MemoryRegion::Impl>(memory, kind);
   // With one transport it is certain to be needed; with several, when the first peer comes.
-  if (config_.transport != "auto") {
+  if (config_.transport != "auto" || kind == MemoryKind::kCuda) {
     std::lock_guard lock(mutex_);
-    for (const auto& backend : backends_) BATON_RETURN_IF_ERROR(impl->with(*backend).status());
+    if (kind == MemoryKind::kCuda) BATON_RETURN_IF_ERROR(need_cuda_backend());
+    for (const auto& backend : backends_) {
+      if (config_.transport != "auto" || backend->moves(kind)) {
+        BATON_RETURN_IF_ERROR(impl->with(*backend).status());
+      }
+    }
   }
   std::lock_guard lock(handover_mutex_);
   ++registered_regions_;
@@ -222,11 +245,12 @@ std::string AgentCore::metadata() const {
   return encode_metadata(metadata);
 }
 
-Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer) {
+Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer, MemoryKind kind) {
   bool same_host = !host_id_.empty() && host_id_ == peer.host_id;
   bool automatic = config_.transport == "auto";
   std::string tried;
   for (const auto& backend : backends_) {
+    if (!backend->moves(kind)) continue;
     const std::string& transport = backend->transport();
     auto offer = std::find_if(peer.offers.begin(), peer.offers.end(),
                               [&](const Metadata::Offer& one) { return one.transport == transport; });
@@ -235,7 +259,7 @@ Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer) {
       skip("the peer does not offer it");
       continue;
     }
-    if (automatic && transport == "shm" && !same_host) {
+    if ((transport == "shm" || transport == "cuda_ipc") && !same_host) {
       skip("another host");
       continue;
     }
@@ -251,21 +275,49 @@ Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer) {
   }
   std::vector<std::string_view> offered;
   for (const Metadata::Offer& offer : peer.offers) offered.push_back(offer.transport);
-  return unavailable("no path to '{}' (transport {}, {} host; it offers {}): {}", peer.name, config_.transport,
-                     same_host ? "same" : "other", fmt::join(offered, ", "), tried);
+  if (tried.empty()) tried = "no transport here moves it (GPU memory has to be registered before connect())";
+  return unavailable("no path for {} memory to '{}' (transport {}, {} host; it offers {}): {}", kind_name(kind), peer.name,
+                     config_.transport, same_host ? "same" : "other", fmt::join(offered, ", "), tried);
 }
 
-Result<std::shared_ptr<PeerCore>> AgentCore::connect(std::string_view bytes) {
+Result<PeerPaths> AgentCore::connect(std::string_view bytes) {
   BATON_ASSIGN_OR_RETURN(Metadata metadata, parse_metadata(bytes, config_.max_metadata_bytes));
   std::lock_guard lock(mutex_);
   if (stopping_.load()) return unavailable("the agent is closed");
-  for (const auto& peer : peers_) {
-    if (peer->metadata == metadata && peer->alive.load()) return peer;
+  PeerPaths paths;
+  Status last;
+  for (MemoryKind kind : {MemoryKind::kHost, MemoryKind::kCuda}) {
+    auto has_kind = [kind](const Metadata::Pool& pool) { return pool.kind == kind; };
+    bool wanted = std::any_of(metadata.pools.begin(), metadata.pools.end(), has_kind) ||
+                  (metadata.pools.empty() && kind == MemoryKind::kHost);
+    auto index = static_cast<size_t>(kind);
+    if (!wanted) {
+      paths.missing[index] = invalid_argument("'{}' has no pool of {} memory", metadata.name, kind_name(kind));
+      continue;
+    }
+    Result<std::shared_ptr<PeerCore>> path = open_path(metadata, kind);
+    if (path.ok()) {
+      paths.cores[index] = std::move(*path);
+    } else {
+      last = paths.missing[index] = path.status();
+    }
   }
-  BATON_ASSIGN_OR_RETURN(PathChoice path, choose_path(metadata));
+  bool some = std::any_of(paths.cores.begin(), paths.cores.end(), [](const auto& core) { return core != nullptr; });
+  if (!some) return last;
+  if (!last.ok()) log_warning("transfer {}: {}", config_.name, last.to_string());
+  wake();
+  return paths;
+}
+
+Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata, MemoryKind kind) {
+  for (const auto& peer : peers_) {
+    if (peer->kind == kind && peer->metadata == metadata && peer->alive.load()) return peer;
+  }
+  BATON_ASSIGN_OR_RETURN(PathChoice path, choose_path(metadata, kind));
   auto peer = std::make_shared<PeerCore>();
   peer->agent = weak_from_this();
-  peer->metadata = std::move(metadata);
+  peer->metadata = metadata;
+  peer->kind = kind;
   peer->backend = path.backend;
   peer->transport = path.backend->transport();
   peer->provider = path.backend->provider();
@@ -275,16 +327,17 @@ Result<std::shared_ptr<PeerCore>> AgentCore::connect(std::string_view bytes) {
   peer->link = std::move(path.link);
   peer->link->owner = peer.get();
   peers_.push_back(peer);
-  log_info("transfer {}: path to '{}' (epoch {:016x}): {} ({}), {}", config_.name, peer->metadata.name,
-           static_cast<uint64_t>(peer->metadata.epoch), peer->transport, peer->provider, peer->reason);
-  wake();
+  log_info("transfer {}: path for {} memory to '{}' (epoch {:016x}): {} ({}), {}", config_.name, kind_name(kind),
+           peer->metadata.name, static_cast<uint64_t>(peer->metadata.epoch), peer->transport, peer->provider,
+           peer->reason);
   return peer;
 }
 
-Result<TransferPointer> AgentCore::write(const std::shared_ptr<PeerCore>& peer, BlockWrite write,
+Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite write,
                                          std::function<void(const Status&)> on_done) {
+  const Metadata& metadata = paths.main().metadata;
   const Metadata::Pool* remote = nullptr;
-  for (const Metadata::Pool& pool : peer->metadata.pools) {
+  for (const Metadata::Pool& pool : metadata.pools) {
     if (pool.id == static_cast<uint32_t>(write.remote_pool)) remote = &pool;
   }
   LocalPool local;
@@ -296,8 +349,18 @@ Result<TransferPointer> AgentCore::write(const std::shared_ptr<PeerCore>& peer, 
     local = pools_[static_cast<size_t>(write.local_pool)];
   }
   if (remote == nullptr) {
-    return invalid_argument("'{}' has no pool {}", peer->metadata.name, static_cast<uint32_t>(write.remote_pool));
+    return invalid_argument("'{}' has no pool {}", metadata.name, static_cast<uint32_t>(write.remote_pool));
   }
+  MemoryKind kind = local.region.impl()->kind();
+  if (kind != remote->kind) {
+    return unimplemented("pool {} is {} memory and pool {} of '{}' is {} memory: blocks move between pools of one kind",
+                         local.id, kind_name(kind), remote->id, metadata.name, kind_name(remote->kind));
+  }
+  if (write.after != nullptr && kind != MemoryKind::kCuda) {
+    return invalid_argument("'after' is an event of the GPU, and pool {} is host memory", local.id);
+  }
+  const std::shared_ptr<PeerCore>& peer = paths.of(kind);
+  if (peer == nullptr) return paths.missing[static_cast<size_t>(kind)];
   uint64_t stride = std::min(local.stride_bytes, remote->stride_bytes);
   if (write.length_bytes == 0 || write.length_bytes > stride || write.offset_bytes > stride - write.length_bytes) {
     return invalid_argument("{} bytes from offset {} are outside of blocks of {} (here) and {} bytes ('{}')",
@@ -320,6 +383,7 @@ Result<TransferPointer> AgentCore::write(const std::shared_ptr<PeerCore>& peer, 
   transfer->local_region = local.region;
   transfer->remote_pool = remote->id;
   transfer->tag = write.tag;
+  transfer->after = write.after;
   int64_t longest_ns = clock_.now_ns() + config_.default_timeout_ms * 1'000'000;
   transfer->deadline_ns = write.deadline == Deadline::never() ? longest_ns : write.deadline.at_ns;
   transfer->on_done = std::move(on_done);
@@ -356,7 +420,9 @@ void AgentCore::cancel(const TransferPointer& transfer) {
 AgentStats AgentCore::stats() const {
   AgentStats stats;
   std::lock_guard lock(mutex_);
-  stats.peers = peers_.size();
+  std::set<Epoch> epochs;
+  for (const auto& peer : peers_) epochs.insert(peer->metadata.epoch);
+  stats.peers = epochs.size();
   stats.retries = retries_;
   stats.failed_transfers = failed_transfers_;
   stats.fences = fences_;
@@ -385,8 +451,9 @@ std::string AgentCore::describe() const {
 
 class Peer::Impl {
  public:
-  explicit Impl(std::shared_ptr<PeerCore> core) : core_(std::move(core)) {}
-  const std::shared_ptr<PeerCore> core_;
+  explicit Impl(PeerPaths paths) : paths_(std::move(paths)) {}
+  std::shared_ptr<AgentCore> agent() const { return paths_.main().agent.lock(); }
+  const PeerPaths paths_;
 };
 
 bool Transfer::done() const { return impl_->state.load(std::memory_order_acquire) == Impl::State::kDone; }
@@ -413,36 +480,43 @@ bool Transfer::settled() const {
   return impl_->settled;
 }
 
-Epoch Peer::epoch() const { return impl_->core_->metadata.epoch; }
-const std::string& Peer::name() const { return impl_->core_->metadata.name; }
-bool Peer::alive() const { return impl_->core_->alive.load(); }
-PathInfo Peer::path() const {
-  const PeerCore& core = *impl_->core_;
-  PathInfo path{core.transport, core.provider, core.rails, core.reason, 0};
-  PeerStats now = stats();
-  if (now.busy_s > 0) path.bandwidth_bytes_per_s = static_cast<double>(now.bytes) / now.busy_s;
+Epoch Peer::epoch() const { return impl_->paths_.main().metadata.epoch; }
+const std::string& Peer::name() const { return impl_->paths_.main().metadata.name; }
+bool Peer::alive() const {
+  return std::all_of(impl_->paths_.cores.begin(), impl_->paths_.cores.end(),
+                     [](const auto& core) { return core == nullptr || core->alive.load(); });
+}
+PathInfo Peer::path() const { return path(impl_->paths_.main().kind); }
+PathInfo Peer::path(MemoryKind kind) const {
+  const std::shared_ptr<PeerCore>& core = impl_->paths_.of(kind);
+  if (core == nullptr) return {{}, {}, 0, impl_->paths_.missing[static_cast<size_t>(kind)].message(), 0};
+  PathInfo path{core->transport, core->provider, core->rails, core->reason, 0};
+  double busy_s = static_cast<double>(core->busy_ns.load()) * 1e-9;
+  if (busy_s > 0) path.bandwidth_bytes_per_s = static_cast<double>(core->bytes.load()) / busy_s;
   return path;
 }
 PeerStats Peer::stats() const {
-  const PeerCore& core = *impl_->core_;
   PeerStats stats;
-  stats.writes = core.writes.load();
-  stats.messages = core.messages.load();
-  stats.bytes = core.bytes.load();
-  stats.failures = core.failures.load();
-  stats.cancelled = core.cancelled.load();
-  stats.busy_s = static_cast<double>(core.busy_ns.load()) * 1e-9;
+  for (const auto& core : impl_->paths_.cores) {
+    if (core == nullptr) continue;
+    stats.writes += core->writes.load();
+    stats.messages += core->messages.load();
+    stats.bytes += core->bytes.load();
+    stats.failures += core->failures.load();
+    stats.cancelled += core->cancelled.load();
+    stats.busy_s += static_cast<double>(core->busy_ns.load()) * 1e-9;
+  }
   return stats;
 }
 Result<Transfer> Peer::write(BlockWrite write, std::function<void(const Status&)> on_done) const {
-  std::shared_ptr<AgentCore> agent = impl_->core_->agent.lock();
+  std::shared_ptr<AgentCore> agent = impl_->agent();
   if (agent == nullptr) return unavailable("the agent of this peer is closed");
-  BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->write(impl_->core_, std::move(write), std::move(on_done)));
+  BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->write(impl_->paths_, std::move(write), std::move(on_done)));
   return Transfer(std::move(transfer));
 }
 Status Peer::close() const {
-  std::shared_ptr<AgentCore> agent = impl_->core_->agent.lock();
-  return agent == nullptr ? Status() : agent->close_peer(impl_->core_);
+  std::shared_ptr<AgentCore> agent = impl_->agent();
+  return agent == nullptr ? Status() : agent->close_peer(impl_->paths_);
 }
 
 namespace {
@@ -459,8 +533,8 @@ class AgentHandle final : public Agent {
   Result<PoolId> add_pool(PoolConfig config) override { return core_->add_pool(std::move(config)); }
   std::string metadata() const override { return core_->metadata(); }
   Result<Peer> connect(std::string_view metadata) override {
-    BATON_ASSIGN_OR_RETURN(std::shared_ptr<PeerCore> peer, core_->connect(metadata));
-    return Peer(std::make_shared<Peer::Impl>(std::move(peer)));
+    BATON_ASSIGN_OR_RETURN(PeerPaths paths, core_->connect(metadata));
+    return Peer(std::make_shared<Peer::Impl>(std::move(paths)));
   }
   Result<Tag> open_inbox() override { return core_->inboxes().open(); }
   Status expect(Tag tag, uint64_t messages, std::function<void()> on_complete) override {

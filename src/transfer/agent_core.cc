@@ -183,6 +183,7 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     message.local = transfer->local;
     message.remote_pool = transfer->remote_pool;
     message.tag = transfer->tag;
+    message.after = transfer->after;
     message.cookie = slot;
     Result<PostResult> result = peer.link->post(message);
     if (!result.ok()) {
@@ -382,21 +383,26 @@ bool AgentCore::wait_for_turn(std::unique_lock<std::mutex>& lock, int64_t deadli
   return true;
 }
 
-Status AgentCore::close_peer(const std::shared_ptr<PeerCore>& peer) {
+Status AgentCore::close_peer(const PeerPaths& paths) {
   int64_t deadline_ns = clock_.now_ns() + kCloseWaitNs;
   {
     std::unique_lock lock(mutex_);
-    fail_peer(*peer, cancelled("closed by this side"));
-    while (peer->state == PeerCore::State::kClosing && wait_for_turn(lock, deadline_ns)) {
+    for (const auto& peer : paths.cores) {
+      if (peer != nullptr) fail_peer(*peer, cancelled("closed by this side"));
     }
-    if (peer->state == PeerCore::State::kClosing) {
-      return unavailable("{} operations towards '{}' have not ended: the device still reads local memory",
-                         peer->inflight_count, peer->metadata.name);
+    for (const auto& peer : paths.cores) {
+      if (peer == nullptr) continue;
+      while (peer->state == PeerCore::State::kClosing && wait_for_turn(lock, deadline_ns)) {
+      }
+      if (peer->state == PeerCore::State::kClosing) {
+        return unavailable("{} operations towards '{}' have not ended: the device still reads local memory",
+                           peer->inflight_count, peer->metadata.name);
+      }
     }
     ++turns_;
   }
   wake();  // for the callbacks
-  return fence(peer->metadata.epoch);
+  return fence(paths.main().metadata.epoch);
 }
 
 Status AgentCore::fence(Epoch peer) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -60,6 +61,7 @@ class baton::transfer::Transfer::Impl {
   MemoryRegion local_region;
   uint32_t remote_pool = 0;
   Tag tag = Tag::kNone;
+  void* after = nullptr;
   int64_t deadline_ns = 0;
 
   // Owned by progress, under the agent's lock.
@@ -81,7 +83,7 @@ namespace baton::transfer {
 
 using TransferPointer = std::shared_ptr<Transfer::Impl>;
 
-/// One remote agent, in one of its lives, over one backend.
+/// One remote agent, in one of its lives, over one backend, for one kind of memory.
 class PeerCore {
  public:
   enum class State { kOpen, kClosing, kClosed };  // closing: waits for what a shared endpoint still does
@@ -89,6 +91,7 @@ class PeerCore {
   // Constant after connect().
   std::weak_ptr<AgentCore> agent;
   Metadata metadata;
+  MemoryKind kind = MemoryKind::kHost;
   Backend* backend = nullptr;  // valid while the agent lives
   std::string transport;
   std::string provider;
@@ -123,6 +126,17 @@ class PeerCore {
   std::atomic<int64_t> busy_ns{0};
 };
 
+/// The paths to one remote agent, by kind of memory. Constant after connect(); at least one is there.
+struct PeerPaths {
+  static constexpr size_t kKinds = 2;
+  std::array<std::shared_ptr<PeerCore>, kKinds> cores;
+  std::array<Status, kKinds> missing;  // why there is none
+
+  const std::shared_ptr<PeerCore>& of(MemoryKind kind) const { return cores[static_cast<size_t>(kind)]; }
+  /// That of GPU memory if there is one.
+  const PeerCore& main() const { return cores[1] != nullptr ? *cores[1] : *cores[0]; }
+};
+
 class AgentCore final : public BackendEvents, public std::enable_shared_from_this<AgentCore> {
  public:
   AgentCore(AgentConfig config, const Clock& clock);
@@ -139,11 +153,11 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   Result<MemoryRegion> register_memory(std::span<std::byte> memory, MemoryKind kind);
   Result<PoolId> add_pool(PoolConfig config);
   std::string metadata() const;
-  Result<std::shared_ptr<PeerCore>> connect(std::string_view metadata);
-  Result<TransferPointer> write(const std::shared_ptr<PeerCore>& peer, BlockWrite write,
+  Result<PeerPaths> connect(std::string_view metadata);
+  Result<TransferPointer> write(const PeerPaths& paths, BlockWrite write,
                                 std::function<void(const Status&)> on_done);
   void cancel(const TransferPointer& transfer);
-  Status close_peer(const std::shared_ptr<PeerCore>& peer);
+  Status close_peer(const PeerPaths& paths);
   Status fence(Epoch peer);
   size_t progress();
   AgentStats stats() const;
@@ -165,8 +179,10 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
     std::unique_ptr<Link> link;
     std::string reason;
   };
-  Result<PathChoice> choose_path(const Metadata& peer);
+  Result<PathChoice> choose_path(const Metadata& peer, MemoryKind kind);
+  Result<std::shared_ptr<PeerCore>> open_path(const Metadata& peer, MemoryKind kind);
   Status open_backends(const BackendFactory& factory);
+  Status need_cuda_backend();
 
   void run();
   void sleep();

@@ -49,7 +49,8 @@ struct BackendMessage {
   const BackendRegion* local = nullptr;  ///< the region of the local pool
   uint32_t remote_pool = 0;
   Tag tag = Tag::kNone;
-  uint64_t cookie = 0;  ///< comes back with the completion
+  void* after = nullptr;  ///< BlockWrite::after
+  uint64_t cookie = 0;    ///< comes back with the completion
 };
 
 enum class PostResult : uint8_t {
@@ -117,6 +118,8 @@ class Backend {
   virtual const std::string& provider() const = 0;
   virtual uint32_t rails() const { return 1; }
   virtual const BackendLimits& limits() const = 0;
+  /// Between pools of which kind of memory it moves blocks.
+  virtual bool moves(MemoryKind kind) const { return kind == MemoryKind::kHost; }
   /// One line for the log and /health.
   virtual std::string describe() const = 0;
 

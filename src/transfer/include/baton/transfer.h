@@ -36,10 +36,10 @@ enum class MemoryKind : uint8_t { kHost = 0, kCuda = 1 };
 struct AgentConfig {
   /// Shown in logs and errors: "prefill-0".
   std::string name = "agent";
-  /// "auto" or one of: shm, tcp, efa, verbs, sim. A path that is not possible is an error, never replaced.
+  /// "auto" or one of: shm, tcp, efa, verbs, cuda_ipc, sim. A path that is not possible is an error, never replaced.
   std::string transport = "auto";
   /// Host part of the address that tcp rails bind to and advertise. Empty: decided by the provider.
-  std::string bind_address;
+  std::string bind_address = {};
   /// "auto" may fall to TCP between hosts only when this is set or the machine has no RDMA device.
   bool allow_tcp = true;
   /// NICs to use; 0: what the topology suggests (1 where nothing is known).
@@ -53,6 +53,11 @@ struct AgentConfig {
   /// A transfer that is over its deadline (or cancelled) while some of it is under way waits for that to
   /// end. When nothing at all has come back from the peer for this long, the path to it is broken off.
   int64_t stall_timeout_ms = 1'000;
+  /// Thread blocks that a copy between GPUs may take; 0: as many as make it fast. 16 leave the GPU to computing and are
+  /// nearly as fast.
+  uint32_t cuda_max_ctas = 0;
+  /// CUDA's driver library; empty: libcuda.so.1. Opened when the first GPU memory is registered.
+  std::string cuda_library = {};
   /// No thread: the owner calls progress(). For simulations and tests.
   bool manual_progress = false;
 
@@ -103,6 +108,10 @@ struct BlockWrite {
   uint64_t length_bytes = 0;
   /// The receiver's inbox that counts the messages; kNone: not counted (a plain write).
   Tag tag = Tag::kNone;
+  /// A CUevent (cudaEvent_t) of the local pool's GPU, recorded before write(): nothing is read before it is reached, and
+  /// later writes to the same peer wait behind it. It must exist, and not be recorded again, until the transfer is
+  /// done. Only with GPU memory. nullptr: the data is there.
+  void* after = nullptr;
   /// When it must be done; never() means the agent's default timeout.
   Deadline deadline;
 };
@@ -153,7 +162,8 @@ struct PeerStats {
   double busy_s = 0;  ///< time with at least one transfer under way
 };
 
-/// A connected remote agent. Cheap to copy. Stays valid (and fails every write) after the peer is gone.
+/// A connected remote agent. Cheap to copy. Stays valid (and fails every write) after the peer is gone. Pools of GPU and
+/// of host memory have a path each; connect() opens one for every kind that both sides have then.
 class Peer {
  public:
   Peer() = default;
@@ -161,13 +171,16 @@ class Peer {
 
   Epoch epoch() const;
   const std::string& name() const;
+  /// The path of `kind`'s pools; an empty transport when there is none, and the reason why.
+  PathInfo path(MemoryKind kind) const;
+  /// That of GPU memory if there is one, else that of host memory.
   PathInfo path() const;
-  PeerStats stats() const;
+  PeerStats stats() const;  ///< of all its paths
   /// Checks bounds, queues and returns at once. `on_done` (optional) runs once, on the progress thread.
   /// Errors: invalid_argument (pool, block or range out of bounds), unavailable (peer is down),
   /// resource_exhausted (queue full).
   Result<Transfer> write(BlockWrite write, std::function<void(const Status&)> on_done = {}) const;
-  /// False after a fatal completion error or close().
+  /// False after a fatal completion error of one of its paths, or close().
   bool alive() const;
   /// Fails what is queued or in flight and frees the peer's resources, then does Agent::fence() with its
   /// epoch. After the returned Status is ok nothing from or to this peer touches memory any more. Blocks
@@ -200,6 +213,7 @@ class Agent {
   virtual ~Agent() = default;
 
   virtual Epoch epoch() const = 0;
+  /// kCuda: memory of cuMemAlloc or cudaMalloc of any one GPU. unimplemented: this build has no CUDA kernels.
   virtual Result<MemoryRegion> register_memory(std::span<std::byte> memory, MemoryKind kind) = 0;
   /// Makes a pool known to peers that get metadata() afterwards.
   virtual Result<PoolId> add_pool(PoolConfig config) = 0;

@@ -1,0 +1,113 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+
+/// The part of CUDA's driver API that the transfer library uses, found at run time: one binary runs with and without
+/// a GPU, and is built with and without CUDA's headers. The declarations are those of cuda.h (ABI of CUDA 11.4 and later).
+namespace baton::transfer::cuda {
+
+using CUresult = int;
+using CUdevice = int;
+using CUdeviceptr = unsigned long long;
+using CUcontext = struct CUctx_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
+using CUstream = struct CUstream_st*;
+using CUevent = struct CUevent_st*;
+struct CUipcMemHandle {
+  char bytes[64];
+};
+struct CUuuid {
+  char bytes[16];
+};
+
+inline constexpr CUresult kSuccess = 0;
+inline constexpr CUresult kNotReady = 600;
+inline constexpr CUresult kPeerAccessAlreadyEnabled = 704;
+inline constexpr int kAttributeMultiprocessorCount = 16;
+inline constexpr int kPointerMemoryType = 2, kPointerDeviceOrdinal = 9, kPointerLegacyIpcCapable = 10;
+inline constexpr unsigned kMemoryTypeDevice = 2;
+inline constexpr unsigned kHostAllocPortable = 1, kHostAllocDeviceMap = 2;
+inline constexpr unsigned kStreamNonBlocking = 1;
+inline constexpr unsigned kIpcLazyEnablePeerAccess = 1;
+inline constexpr int kCaptureModeRelaxed = 2;
+
+// name of the member, exported symbol, parameters
+#define BATON_CUDA_FUNCTIONS(X)                                                                                   \
+  X(init, cuInit, (unsigned flags))                                                                               \
+  X(driver_version, cuDriverGetVersion, (int* version))                                                           \
+  X(get_error_name, cuGetErrorName, (CUresult error, const char** text))                                          \
+  X(get_error_string, cuGetErrorString, (CUresult error, const char** text))                                      \
+  X(device_count, cuDeviceGetCount, (int* count))                                                                 \
+  X(device_get, cuDeviceGet, (CUdevice * device, int ordinal))                                                    \
+  X(device_name, cuDeviceGetName, (char* name, int bytes, CUdevice device))                                       \
+  X(device_uuid, cuDeviceGetUuid_v2, (CUuuid * uuid, CUdevice device))                                            \
+  X(device_pci_bus_id, cuDeviceGetPCIBusId, (char* id, int bytes, CUdevice device))                               \
+  X(device_attribute, cuDeviceGetAttribute, (int* value, int attribute, CUdevice device))                         \
+  X(device_can_access_peer, cuDeviceCanAccessPeer, (int* can, CUdevice device, CUdevice peer))                    \
+  X(primary_context_retain, cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                     \
+  X(primary_context_release, cuDevicePrimaryCtxRelease_v2, (CUdevice device))                                     \
+  X(context_push, cuCtxPushCurrent_v2, (CUcontext context))                                                       \
+  X(context_pop, cuCtxPopCurrent_v2, (CUcontext * context))                                                       \
+  X(context_enable_peer_access, cuCtxEnablePeerAccess, (CUcontext peer, unsigned flags))                          \
+  X(context_stream_priorities, cuCtxGetStreamPriorityRange, (int* least, int* greatest))                          \
+  X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int* mode))                                        \
+  X(memory_alloc, cuMemAlloc_v2, (CUdeviceptr * memory, size_t bytes))                                            \
+  X(memory_free, cuMemFree_v2, (CUdeviceptr memory))                                                              \
+  X(memory_range, cuMemGetAddressRange_v2, (CUdeviceptr * base, size_t * bytes, CUdeviceptr memory))              \
+  X(memory_set, cuMemsetD8_v2, (CUdeviceptr memory, unsigned char value, size_t bytes))                           \
+  X(copy_to_device, cuMemcpyHtoD_v2, (CUdeviceptr to, const void* from, size_t bytes))                            \
+  X(copy_to_host, cuMemcpyDtoH_v2, (void* to, CUdeviceptr from, size_t bytes))                                    \
+  X(copy_async, cuMemcpyAsync, (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream))                 \
+  X(host_alloc, cuMemHostAlloc, (void** memory, size_t bytes, unsigned flags))                                    \
+  X(host_free, cuMemFreeHost, (void* memory))                                                                     \
+  X(host_device_pointer, cuMemHostGetDevicePointer_v2, (CUdeviceptr * device, void* host, unsigned flags))        \
+  X(pointer_attribute, cuPointerGetAttribute, (void* value, int attribute, CUdeviceptr memory))                   \
+  X(ipc_get_handle, cuIpcGetMemHandle, (CUipcMemHandle * handle, CUdeviceptr memory))                             \
+  X(ipc_open_handle, cuIpcOpenMemHandle_v2, (CUdeviceptr * memory, CUipcMemHandle handle, unsigned flags))        \
+  X(ipc_close_handle, cuIpcCloseMemHandle, (CUdeviceptr memory))                                                  \
+  X(stream_create, cuStreamCreateWithPriority, (CUstream * stream, unsigned flags, int priority))                 \
+  X(stream_destroy, cuStreamDestroy_v2, (CUstream stream))                                                        \
+  X(stream_query, cuStreamQuery, (CUstream stream))                                                               \
+  X(stream_synchronize, cuStreamSynchronize, (CUstream stream))                                                   \
+  X(event_create, cuEventCreate, (CUevent * event, unsigned flags))                                               \
+  X(event_record, cuEventRecord, (CUevent event, CUstream stream))                                                \
+  X(event_query, cuEventQuery, (CUevent event))                                                                   \
+  X(event_destroy, cuEventDestroy_v2, (CUevent event))                                                            \
+  X(module_load, cuModuleLoadData, (CUmodule * module, const void* image))                                        \
+  X(module_unload, cuModuleUnload, (CUmodule module))                                                             \
+  X(module_function, cuModuleGetFunction, (CUfunction * function, CUmodule module, const char* name))             \
+  X(launch, cuLaunchKernel,                                                                                       \
+    (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,  \
+     unsigned block_z, unsigned shared_bytes, CUstream stream, void** parameters, void** extra))
+
+/// The functions of one libcuda. Immutable once loaded; safe from any thread. The library is never unloaded: its
+/// threads and its state at exit do not survive that.
+class Driver {
+ public:
+  /// `path` empty: libcuda.so.1 as the loader finds it. Initialises CUDA. unavailable: no driver, one that is too old
+  /// (the missing function is named), or no device.
+  static Result<std::shared_ptr<const Driver>> load(const std::string& path);
+
+#define BATON_CUDA_MEMBER(member, symbol, parameters) CUresult(*member) parameters = nullptr;
+  BATON_CUDA_FUNCTIONS(BATON_CUDA_MEMBER)
+#undef BATON_CUDA_MEMBER
+
+  int version = 0;  ///< 13000: CUDA 13.0
+  int devices = 0;
+
+  /// ok, or an error that names the call: "cuMemAlloc of 64 bytes: CUDA_ERROR_OUT_OF_MEMORY (out of memory)".
+  Status check(CUresult result, std::string_view call) const;
+};
+
+/// The kernels of this library for all architectures that it was built for (a fatbin), or a placeholder.
+const void* kernel_image();
+/// False when the library was built without nvcc: then no driver will take kernel_image().
+bool has_kernels();
+
+}  // namespace baton::transfer::cuda
