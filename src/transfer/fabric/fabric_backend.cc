@@ -263,6 +263,7 @@ Status FabricBackend::ensure_open() {
   int64_t start_ns = context_->clock->now_ns();
   auto objects = std::make_shared<FabricObjects>();
   BATON_ASSIGN_OR_RETURN(objects->provider, find_provider(transport_, ip_));
+  if (open_observer != nullptr) open_observer->on_provider(objects->provider);
   fi_info* info = objects->provider.info.get();
   info->tx_attr->size = std::min<size_t>(info->tx_attr->size, limits_.max_inflight_messages);
 
@@ -270,6 +271,7 @@ Status FabricBackend::ensure_open() {
   int ret = fi_fabric(info->fabric_attr, &fabric_fid, nullptr);
   if (ret != 0) return unavailable("fi_fabric({}): {}", objects->provider.name, fi_strerror(-ret));
   objects->fabric.reset(fabric_fid);
+  if (open_observer != nullptr) open_observer->on_fabric(fabric_fid);
   fid_domain* domain_fid = nullptr;
   ret = fi_domain(fabric_fid, info, &domain_fid, nullptr);
   if (ret != 0) return unavailable("fi_domain({}): {}", objects->provider.name, fi_strerror(-ret));
@@ -299,6 +301,7 @@ Status FabricBackend::ensure_open() {
   ret = open_queue(tcp ? FI_WAIT_NONE : FI_WAIT_FD, objects->queue);
   if (ret != 0 && !tcp) ret = open_queue(FI_WAIT_NONE, objects->queue);
   if (ret != 0) return unavailable("fi_cq_open({}): {}", objects->provider.name, fi_strerror(-ret));
+  if (open_observer != nullptr) open_observer->on_queue(objects->queue.get());
   objects->waited_on = cq_attr.wait_obj == FI_WAIT_FD ? objects->queue.get() : nullptr;
   if (tcp && open_queue(FI_WAIT_FD, objects->bell) == 0) objects->waited_on = objects->bell.get();
   if (objects->waited_on != nullptr &&
@@ -335,6 +338,7 @@ Result<EndpointHandle> FabricBackend::open_endpoint() {
   int ret = fi_endpoint(objects_->domain.get(), objects_->provider.info.get(), &fid, nullptr);
   if (ret != 0) return unavailable("fi_endpoint({}): {}", provider_name_, fi_strerror(-ret));
   EndpointHandle endpoint(fid);
+  if (open_observer != nullptr) open_observer->on_endpoint(fid);
   ret = fi_ep_bind(fid, &objects_->addresses->fid, 0);
   if (ret == 0) ret = fi_ep_bind(fid, &objects_->queue->fid, FI_TRANSMIT | FI_RECV);
   if (ret == 0) ret = fi_enable(fid);

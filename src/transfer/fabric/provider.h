@@ -18,6 +18,18 @@ struct Provider {
   uint32_t max_segments = 1;      ///< pieces that one write with CQ data may carry
 };
 
+/// For fault tests: sees what is opened before it is used, and may change it (function tables, limits). Set it while no
+/// agent lives.
+class OpenObserver {
+ public:
+  virtual ~OpenObserver() = default;
+  virtual void on_provider(Provider& provider) = 0;
+  virtual void on_fabric(fid_fabric* fabric) = 0;
+  virtual void on_queue(fid_cq* queue) = 0;
+  virtual void on_endpoint(fid_ep* endpoint) = 0;
+};
+inline OpenObserver* open_observer = nullptr;
+
 /// Asks libfabric for reliable datagram endpoints with remote writes. `address`: the local IP (tcp only).
 Result<Provider> find_provider(const std::string& transport, const std::string& address);
 
