@@ -60,8 +60,10 @@ std::string distance_text(Distance distance) {
   return fmt::format("{}, {}", distance_name(distance), distance_description(distance));
 }
 
-bool much_slower(const Nic& nic, uint64_t fastest) {
-  return nic.speed_bytes_per_s != 0 && nic.speed_bytes_per_s * 2 < fastest;
+/// Compute NICs of a machine are equal; one that is clearly slower serves storage or management, and often
+/// leads into another network.
+bool slower(const Nic& nic, uint64_t fastest) {
+  return nic.speed_bytes_per_s != 0 && nic.speed_bytes_per_s * 4 < fastest * 3;
 }
 
 class Chooser {
@@ -241,7 +243,7 @@ class Chooser {
         return fmt::format("farther away: {}", distance_text(candidate.distance));
       }
       if (!candidate.own) return "near, but another GPU's share";
-      if (much_slower(nic, fastest)) {
+      if (slower(nic, fastest)) {
         return fmt::format("{}, while others have {}", format_speed(nic.speed_bytes_per_s), format_speed(fastest));
       }
     }

@@ -65,7 +65,8 @@ struct RailChoice {
 /// (p5en: two of four; p4d: one for two GPUs). Memory of a NUMA node takes NICs of that node, one per PCIe
 /// root port first, for these share no link into the CPU. tcp takes one interface (the one of the default
 /// route where that is known), because every further one needs its own address and route.
-/// NICs of another link layer than the first, and much slower ones, are not mixed in unasked.
+/// NICs of another link layer than the first, and those that are clearly slower (storage, management), are not
+/// mixed in unasked.
 ///
 /// Errors: invalid_argument (transport unknown; a name that does not exist, is of another kind or excluded;
 /// the message lists what exists), unavailable (none is left; the message says why not each).

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 
 #include "transfer/topology/sysfs.h"
 
@@ -51,8 +52,7 @@ PciPath PciPath::parse(std::string_view link) {
 }
 
 std::string PciPath::uplink() const {
-  if (!bridges.empty()) return host_bridge + "/" + bridges.front().to_string();
-  return host_bridge + "/" + (device ? device->to_string() : "");
+  return bridges.empty() ? host_bridge : host_bridge + "/" + bridges.front().to_string();
 }
 
 std::string Nic::address() const { return path.device ? path.device->to_string() : "-"; }
@@ -176,6 +176,7 @@ std::string Topology::describe() const {
   for (const Nic& nic : nics) width = std::max(width, nic.name.size());
   out += fmt::format("{:<{}}  kind      PCI           node  speed      link", "NIC", width);
   for (const Gpu& gpu : gpus) out += fmt::format("  {:<4}", fmt::format("G{}", gpu.index));
+  while (out.ends_with(' ')) out.pop_back();
   out += "\n";
   for (const Nic& nic : nics) {
     std::string_view link = nic.link == LinkState::kUp ? "up" : nic.link == LinkState::kDown ? "down" : "?";
@@ -188,6 +189,48 @@ std::string Topology::describe() const {
   }
   if (nics.empty()) out += "(none)\n";
   for (const std::string& note : notes) out += "note: " + note + "\n";
+  return out;
+}
+
+std::string Topology::picture() const {
+  struct Group {
+    int node = kUnknownNode;
+    std::string host_bridge;
+    std::vector<const Gpu*> gpus;
+    std::vector<const Nic*> nics;
+  };
+  std::map<std::string, Group> groups;
+  auto group_of = [&](const PciPath& path, int node) -> Group& {
+    Group& group = groups[path.uplink()];
+    group.host_bridge = path.host_bridge;
+    if (group.node == kUnknownNode) group.node = node;
+    return group;
+  };
+  for (const Gpu& gpu : gpus) group_of(gpu.path, gpu.numa_node).gpus.push_back(&gpu);
+  for (const Nic& nic : nics) {
+    if (nic.kind != NicKind::kEthernet) group_of(nic.path, nic.numa_node).nics.push_back(&nic);
+  }
+  std::vector<const Group*> ordered;
+  for (const auto& [uplink, group] : groups) ordered.push_back(&group);
+  std::stable_sort(ordered.begin(), ordered.end(), [](const Group* a, const Group* b) { return a->node < b->node; });
+  std::string out;
+  for (const Group* group : ordered) {
+    out += fmt::format("node {}  {}  ", node_text(group->node), group->host_bridge.empty() ? "?" : group->host_bridge);
+    for (const Gpu* gpu : group->gpus) {
+      out += fmt::format("{}GPU {}", gpu == group->gpus.front() ? "" : ", ", gpu->index);
+    }
+    if (!group->gpus.empty() && !group->nics.empty()) out += "  --  ";
+    if (!group->nics.empty()) {
+      uint64_t speed = 0;
+      for (const Nic* nic : group->nics) speed += nic->up() ? nic->speed_bytes_per_s : 0;
+      out += fmt::format("{} x {}, {}: ", group->nics.size(), nic_kind_name(group->nics.front()->kind),
+                         format_speed(speed));
+    }
+    for (const Nic* nic : group->nics) {
+      out += fmt::format("{}{}{}", nic == group->nics.front() ? "" : ", ", nic->name, nic->up() ? "" : " (down)");
+    }
+    out += "\n";
+  }
   return out;
 }
 

@@ -22,7 +22,7 @@ struct PciPath {
 
   /// Reads the target of a symbolic link of sysfs, e.g. of /sys/bus/pci/devices/0000:4f:00.0.
   static PciPath parse(std::string_view link);
-  /// Devices of one group share the same link into the machine (its root port).
+  /// Devices of one group share a link into the CPU: their root port, or none but the host bridge.
   std::string uplink() const;
 };
 
@@ -105,6 +105,9 @@ struct Topology {
 
   /// A table for people: nodes, then one line per NIC with its distance to every GPU.
   std::string describe() const;
+  /// A small picture: one line per PCIe root port with the GPUs and RDMA NICs behind it.
+  ///   node 0  pci0000:44  GPU 0, GPU 1  --  4 x efa, 800 Gb/s: rdmap85s0, rdmap86s0, rdmap87s0, rdmap88s0
+  std::string picture() const;
 };
 
 /// "100 Gb/s", "2.5 Gb/s", "?"

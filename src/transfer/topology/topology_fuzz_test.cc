@@ -19,6 +19,7 @@ namespace {
 void use(const std::string& root) {
   Topology topology = Topology::read(root);
   EXPECT_FALSE(topology.describe().empty());
+  topology.picture();
   std::vector<Place> places = {Place::unknown(), Place::node(0), Place::node(1'000'000)};
   for (size_t i = 0; i < topology.gpus.size() && i < 4; ++i) {
     places.push_back(Place::gpu(*topology.gpus[i].path.device));

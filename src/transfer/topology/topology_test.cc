@@ -241,6 +241,18 @@ TEST(Topology, OddRatesAreUnknownNotWrong) {
   }
 }
 
+TEST(Topology, DrawsALinePerRootPort) {
+  EXPECT_EQ(machine("p5en_48xlarge").picture(),
+            "node 0  pci0000:44  GPU 0, GPU 1  --  4 x efa, 800 Gb/s: rdmap85s0, rdmap86s0, rdmap87s0, rdmap88s0\n"
+            "node 0  pci0000:5d  GPU 2, GPU 3  --  4 x efa, 800 Gb/s: rdmap110s0, rdmap111s0, rdmap112s0, rdmap113s0\n"
+            "node 1  pci0000:76  GPU 4, GPU 5  --  4 x efa, 800 Gb/s: rdmap135s0, rdmap136s0, rdmap137s0, rdmap138s0\n"
+            "node 1  pci0000:8f  GPU 6, GPU 7  --  4 x efa, 800 Gb/s: rdmap160s0, rdmap161s0, rdmap162s0, rdmap163s0\n");
+  EXPECT_THAT(machine("dgx_h100").picture(),
+              HasSubstr("node 0  pci0000:28  2 x verbs, 200 Gb/s: mlx5_1, mlx5_2 (down)\n"));
+  EXPECT_THAT(machine("p4d_24xlarge").picture(),
+              HasSubstr("node 0  pci0000:10  GPU 0, GPU 1  --  1 x efa, 100 Gb/s: rdmap16s27\n"));
+}
+
 TEST(Topology, DescribesItselfAsATable) {
   std::string text = machine("p4d_24xlarge").describe();
   EXPECT_THAT(text, HasSubstr("NUMA node 1: CPUs 24-47,72-95, 560 GiB\n"));
