@@ -113,7 +113,7 @@ struct BlockWrite {
   /// done. Only with GPU memory. nullptr: the data is there.
   void* after = nullptr;
   /// When it must be done; never() means the agent's default timeout.
-  Deadline deadline;
+  Deadline deadline = {};
 };
 
 /// One write under way. Cheap to copy; dropping it does not cancel.

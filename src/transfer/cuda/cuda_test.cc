@@ -1,0 +1,231 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <thread>
+
+#include "base/log.h"
+#include "base/random.h"
+#include "transfer/cuda/copy_engine.h"
+#include "transfer/cuda/testing/pool_memory.h"
+#include "transfer/include/baton/transfer.h"
+
+/// What the conformance suite does not show of GPU memory, over the stand-in for CUDA.
+namespace baton::transfer {
+namespace {
+
+using namespace cuda;
+using ::testing::HasSubstr;
+using transfer::testing::cuda_library;
+using transfer::testing::PoolMemory;
+
+class Cuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    set_log_level(LogLevel::kError);
+    driver_ = *Driver::load(cuda_library());
+    device_ = *Device::open(driver_, 0);
+  }
+  static AgentConfig config(const std::string& name, const std::string& transport = "auto") {
+    AgentConfig config;
+    config.name = name;
+    config.transport = transport;
+    config.bind_address = "127.0.0.1";
+    config.cuda_library = cuda_library();
+    return config;
+  }
+  static std::unique_ptr<CopyEngine> make_engine(const std::shared_ptr<const Device>& device, uint32_t max_ctas = 0) {
+    auto engine = CopyEngine::create(device, {.max_ctas = max_ctas});
+    EXPECT_TRUE(engine.ok()) << engine.status().to_string();
+    return std::move(*engine);
+  }
+
+  std::shared_ptr<const Driver> driver_;
+  std::shared_ptr<const Device> device_;
+};
+
+TEST_F(Cuda, ListsOfAnyLengthAreCopiedAndNothingElse) {
+  auto engine = make_engine(device_);
+  PoolMemory from(8u << 20, "cuda_ipc"), to(8u << 20, "cuda_ipc");
+  Random random(1);
+  for (std::byte& byte : from) byte = static_cast<std::byte>(random());
+  for (size_t count : {size_t{1}, size_t{63}, size_t{64}, size_t{65}, size_t{1000}, size_t{8192}}) {
+    to.fill(std::byte{0});
+    std::vector<std::byte> expected(to.size());
+    std::vector<Segment> pieces;
+    for (size_t i = 0; i < count; ++i) {
+      uint64_t slot = (i * 11) % count * 1024;
+      pieces.push_back({i * 1000, slot, 1 + i % 1000});
+      std::memcpy(expected.data() + slot, from.data() + i * 1000, 1 + i % 1000);
+    }
+    auto ticket = engine->start(reinterpret_cast<CUdeviceptr>(from.data()), reinterpret_cast<CUdeviceptr>(to.data()),
+                                pieces, true);
+    ASSERT_TRUE(ticket.ok() && ticket->has_value());
+    while (!engine->done(**ticket)) std::this_thread::yield();
+    EXPECT_TRUE(to == expected) << count;
+    EXPECT_TRUE(engine->idle());
+    EXPECT_EQ(engine->health(), Status());
+  }
+}
+
+TEST_F(Cuda, LargePiecesAreCut) {
+  auto engine = make_engine(device_, 3);
+  PoolMemory from(4u << 20, "cuda_ipc"), to(4u << 20, "cuda_ipc");
+  Random random(2);
+  for (std::byte& byte : from) byte = static_cast<std::byte>(random());
+  std::vector<Segment> pieces = {{0, 1u << 20, (1u << 20) + 17}, {3u << 20, 0, CopyEngine::kMaxPieceBytes + 1}};
+  auto ticket = engine->start(reinterpret_cast<CUdeviceptr>(from.data()), reinterpret_cast<CUdeviceptr>(to.data()),
+                              pieces, true);
+  ASSERT_TRUE(ticket.ok() && ticket->has_value());
+  ASSERT_EQ(engine->drain(), Status());
+  for (const Segment& piece : pieces) {
+    EXPECT_EQ(std::memcmp(from.data() + piece.local_offset, to.data() + piece.remote_offset, piece.bytes), 0);
+  }
+}
+
+TEST_F(Cuda, MoreListsThanThereAreWait) {
+  auto engine = make_engine(device_);
+  PoolMemory from(16u << 20, "cuda_ipc"), to(16u << 20, "cuda_ipc");
+  std::vector<Segment> pieces;
+  for (uint64_t i = 0; i < 4096; ++i) pieces.push_back({i * 4096, (4095 - i) * 4096, 4096});
+  int started = 0, refused = 0;
+  while (started < 40) {
+    auto ticket = engine->start(reinterpret_cast<CUdeviceptr>(from.data()), reinterpret_cast<CUdeviceptr>(to.data()),
+                                pieces, true);
+    ASSERT_TRUE(ticket.ok());
+    (ticket->has_value() ? started : refused) += 1;
+  }
+  EXPECT_GT(refused, 0);
+  EXPECT_EQ(engine->drain(), Status());
+  EXPECT_TRUE(engine->idle());
+}
+
+TEST_F(Cuda, WhatIsNotGpuMemoryIsRefusedWithAReason) {
+  auto agent = std::move(*Agent::create(config("a")));
+  std::vector<std::byte> host(4096);
+  Result<MemoryRegion> region = agent->register_memory(host, MemoryKind::kCuda);
+  ASSERT_FALSE(region.ok());
+  EXPECT_THAT(region.status().message(), HasSubstr("not an address of GPU memory"));
+  PoolMemory memory(1u << 16, "cuda_ipc");
+  std::span<std::byte> too_long(memory.data() + 4096, memory.size());
+  region = agent->register_memory(too_long, MemoryKind::kCuda);
+  ASSERT_FALSE(region.ok());
+  EXPECT_THAT(region.status().message(), HasSubstr("more than the allocation"));
+  EXPECT_TRUE(agent->register_memory(std::span(memory.data() + 4096, 8192), MemoryKind::kCuda).ok());
+
+  auto shm = std::move(*Agent::create(config("b", "shm")));
+  region = shm->register_memory({memory.data(), memory.size()}, MemoryKind::kCuda);
+  ASSERT_FALSE(region.ok());
+  EXPECT_THAT(region.status().message(), HasSubstr("'shm' moves host memory only"));
+
+  AgentConfig nowhere = config("c");
+  nowhere.cuda_library = "libno-such-cuda.so.1";
+  auto without = std::move(*Agent::create(nowhere));
+  region = without->register_memory({memory.data(), memory.size()}, MemoryKind::kCuda);
+  ASSERT_FALSE(region.ok());
+  EXPECT_THAT(region.status().message(), HasSubstr("there is no CUDA driver"));
+}
+
+/// An agent with a pool of each kind: 64 blocks of 1 KiB.
+struct Both {
+  PoolMemory host{64 << 10, "shm"};
+  PoolMemory gpu{64 << 10, "cuda_ipc"};
+  std::unique_ptr<Agent> agent;
+  PoolId host_pool{}, gpu_pool{};
+
+  explicit Both(const AgentConfig& config) : agent(std::move(*Agent::create(config))) {
+    host_pool = *agent->add_pool({*agent->register_memory(host, MemoryKind::kHost), 1024, 64});
+    gpu_pool = *agent->add_pool({*agent->register_memory(gpu, MemoryKind::kCuda), 1024, 64});
+  }
+};
+
+TEST_F(Cuda, EveryKindOfMemoryTakesItsOwnPath) {
+  Both a(config("a")), b(config("b"));
+  a.host.fill(std::byte{3});
+  a.gpu.fill(std::byte{4});
+  Result<Peer> peer = a.agent->connect(b.agent->metadata());
+  ASSERT_TRUE(peer.ok()) << peer.status().to_string();
+  EXPECT_EQ(peer->path(MemoryKind::kHost).transport, "shm");
+  EXPECT_EQ(peer->path(MemoryKind::kCuda).transport, "cuda_ipc");
+  EXPECT_EQ(peer->path().transport, "cuda_ipc");
+  BlockWrite write{.local_pool = a.host_pool, .remote_pool = b.host_pool, .blocks = {{1, 2}}, .length_bytes = 1024};
+  ASSERT_EQ(peer->write(write)->wait(), Status());
+  EXPECT_EQ(b.host.data()[2048], std::byte{3});
+  write.local_pool = a.gpu_pool;
+  Result<Transfer> mixed = peer->write(write);
+  ASSERT_FALSE(mixed.ok());
+  EXPECT_THAT(mixed.status().message(), HasSubstr("pools of one kind"));
+  write.remote_pool = b.gpu_pool;
+  ASSERT_EQ(peer->write(write)->wait(), Status());
+  EXPECT_EQ(b.gpu.data()[2048], std::byte{4});
+  EXPECT_EQ(b.gpu.data()[2047], std::byte{0});
+  EXPECT_EQ(peer->stats().writes, 2u);
+  EXPECT_EQ(a.agent->stats().peers, 1u);
+  EXPECT_TRUE(peer->close().ok());
+  EXPECT_FALSE(peer->alive());
+}
+
+TEST_F(Cuda, AWriteWaitsForItsEvent) {
+  Both a(config("a")), b(config("b"));
+  Peer peer = *a.agent->connect(b.agent->metadata());
+  CUevent event = nullptr;
+  ASSERT_EQ(driver_->event_create(&event, 0), kSuccess);
+  ASSERT_EQ(driver_->event_record(event, nullptr), kSuccess);  // of the stand-in: not reached
+  BlockWrite write{.local_pool = a.gpu_pool, .remote_pool = b.gpu_pool, .blocks = {{0, 0}}, .length_bytes = 1024};
+  write.after = event;
+  a.gpu.fill(std::byte{1});
+  Transfer transfer = *peer.write(write);
+  BlockWrite doomed = write;
+  doomed.deadline = Deadline::after_ms(SteadyClock::instance(), 50);
+  EXPECT_EQ(peer.write(doomed)->wait().code(), StatusCode::kDeadlineExceeded);
+  EXPECT_FALSE(transfer.done());
+  EXPECT_EQ(b.gpu.data()[0], std::byte{0});
+  a.gpu.fill(std::byte{2});  // "computed" only now
+  CUstream stream = nullptr;
+  {
+    CurrentDevice current(*device_);
+    ASSERT_EQ(driver_->stream_create(&stream, 0, 0), kSuccess);
+  }
+  ASSERT_EQ(driver_->event_record(event, stream), kSuccess);
+  EXPECT_EQ(transfer.wait(), Status());
+  EXPECT_EQ(b.gpu.data()[0], std::byte{2});
+  write.local_pool = a.host_pool;
+  write.remote_pool = b.host_pool;
+  EXPECT_EQ(peer.write(write).status().code(), StatusCode::kInvalidArgument);
+  (void)driver_->stream_destroy(stream);
+  (void)driver_->event_destroy(event);
+}
+
+TEST_F(Cuda, WithoutPeerAccessThereIsNoPathAndAReason) {
+  PoolMemory here(4096, "cuda_ipc", 0), there(4096, "cuda_ipc", 1);
+  auto a = std::move(*Agent::create(config("a", "cuda_ipc")));
+  auto b = std::move(*Agent::create(config("b", "cuda_ipc")));
+  (void)*a->add_pool({*a->register_memory(here, MemoryKind::kCuda), 4096, 1});
+  (void)*b->add_pool({*b->register_memory(there, MemoryKind::kCuda), 4096, 1});
+  EXPECT_TRUE(a->connect(b->metadata()).ok());
+  ::setenv("BATON_FAKE_CUDA_NO_PEERS", "1", 1);
+  auto c = std::move(*Agent::create(config("c", "cuda_ipc")));
+  (void)*c->add_pool({*c->register_memory(there, MemoryKind::kCuda), 4096, 1});
+  Result<Peer> none = a->connect(c->metadata());
+  ::unsetenv("BATON_FAKE_CUDA_NO_PEERS");
+  ASSERT_FALSE(none.ok());
+  EXPECT_THAT(none.status().message(), HasSubstr("no peer access to GPU 1"));
+}
+
+TEST_F(Cuda, AnAgentWithoutGpuMemoryStillReachesTheHostPools) {
+  Both b(config("b"));
+  PoolMemory host(64 << 10, "shm");
+  auto a = std::move(*Agent::create(config("a")));
+  PoolId pool = *a->add_pool({*a->register_memory(host, MemoryKind::kHost), 1024, 64});
+  set_log_level(LogLevel::kError);
+  Peer peer = *a->connect(b.agent->metadata());
+  EXPECT_EQ(peer.path().transport, "shm");
+  EXPECT_THAT(peer.path(MemoryKind::kCuda).reason, HasSubstr("has to be registered before"));
+  BlockWrite write{.local_pool = pool, .remote_pool = b.host_pool, .blocks = {{0, 0}}, .length_bytes = 1024};
+  EXPECT_EQ(peer.write(write)->wait(), Status());
+}
+
+}  // namespace
+}  // namespace baton::transfer
