@@ -23,6 +23,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/random.h"
+#include "transfer/cuda/testing/pool_memory.h"
 #include "transfer/include/baton/transfer.h"
 
 /// The agent between real processes that are killed, stopped and restarted. This program starts itself
@@ -50,7 +51,7 @@ std::string from_hex(const std::string& hex) {
 }
 
 struct Node {
-  std::vector<std::byte> memory = std::vector<std::byte>(kBlocks * kStride);
+  testing::PoolMemory memory;
   std::unique_ptr<Agent> agent;
   PoolId pool{};
 
@@ -59,20 +60,23 @@ struct Node {
     config.name = name;
     config.transport = transport;
     config.bind_address = "127.0.0.1";
+    config.cuda_library = testing::cuda_library();
+    // Of two real GPUs each process takes one.
+    memory = testing::PoolMemory(kBlocks * kStride, transport, ::getenv("BATON_TEST_IS_CHILD") != nullptr ? 1 : 0);
     BATON_ASSIGN_OR_RETURN(agent, Agent::create(config));
-    BATON_ASSIGN_OR_RETURN(MemoryRegion region, agent->register_memory(memory, MemoryKind::kHost));
+    BATON_ASSIGN_OR_RETURN(MemoryRegion region, agent->register_memory(memory, memory.kind()));
     BATON_ASSIGN_OR_RETURN(pool, agent->add_pool({region, kStride, kBlocks}));
     return Status();
   }
   void fill(std::byte value) {
-    std::fill(memory.begin(), memory.end(), value);
+    memory.fill(value);
     (void)agent->stats();  // as in is_all()
   }
   bool is_all(std::byte value) const {
     // What orders this read and the writes around it are words between processes, which the thread sanitizer
     // does not see; the agent's lock it does.
     (void)agent->stats();
-    bool all = memory[0] == value && std::memcmp(memory.data(), memory.data() + 1, memory.size() - 1) == 0;
+    bool all = memory.is_all(value);
     (void)agent->stats();
     return all;
   }
@@ -169,6 +173,7 @@ class Child {
     if (pid_ == 0) {
       ::dup2(to_child[0], 0);
       ::dup2(from_child[1], 1);
+      ::setenv("BATON_TEST_IS_CHILD", "1", 1);
       ::execl("/proc/self/exe", "transfer_process_test", "--child", name.c_str(), transport.c_str(), nullptr);
       ::_exit(127);
     }
@@ -425,7 +430,7 @@ TEST_P(TransferProcess, AutoTakesSharedMemoryOnOneHost) {
   EXPECT_THAT(none.status().message(), HasSubstr("the peer does not offer it"));
 }
 
-INSTANTIATE_TEST_SUITE_P(Transports, TransferProcess, ::testing::Values("shm", "tcp"),
+INSTANTIATE_TEST_SUITE_P(Transports, TransferProcess, ::testing::Values("shm", "cuda_ipc", "tcp"),
                          [](const auto& info) { return info.param; });
 
 }  // namespace
