@@ -6,23 +6,12 @@
 #include <vector>
 
 #include "base/status.h"
+#include "transfer/topology/place.h"
 #include "transfer/topology/topology.h"
 
 /// Which NICs an agent opens. Every NIC that is opened costs memory (EFA: 143 MiB), so the default is the
 /// near ones only, and a part of them where several GPUs are equally near.
 namespace baton::transfer {
-
-/// Where the memory lies that will be sent and received.
-struct Place {
-  enum class Kind : uint8_t { kUnknown, kGpu, kNode };
-  Kind kind = Kind::kUnknown;
-  PciAddress gpu_address;  ///< kGpu: of the device, not CUDA's index (CUDA_VISIBLE_DEVICES renumbers those)
-  int numa_node = kUnknownNode;
-
-  static Place unknown() { return {}; }
-  static Place gpu(PciAddress address) { return {Kind::kGpu, address, kUnknownNode}; }
-  static Place node(int id) { return {id < 0 ? Kind::kUnknown : Kind::kNode, {}, id}; }
-};
 
 struct RailOptions {
   std::string transport;  ///< "efa", "verbs" or "tcp"
@@ -34,8 +23,8 @@ struct RailOptions {
   std::vector<std::string> excluded;
 };
 
-/// Bounds of the default; max_rails and names go beyond them. Eight NICs are the most that any machine we
-/// know has for one GPU; four 100 Gb/s NICs are as fast as one thread's worth of host memory.
+/// Bounds of the default; max_rails and names go beyond them. No machine that we know has more than eight NICs
+/// for one GPU, and four of 100 Gb/s carry 50 GB/s, more than a process copies in host memory.
 constexpr uint32_t kDefaultGpuRails = 8;
 constexpr uint32_t kDefaultHostRails = 4;
 
