@@ -161,7 +161,7 @@ void initialise(Struct* out, size_t size, Struct defaults) {
 extern "C" {
 
 const char* baton_transfer_version(void) { return BATON_VERSION; }
-const char* baton_code_name(baton_code code) {
+const char* baton_code_name(int code) {
   return baton::status_code_name(static_cast<StatusCode>(code)).data();  // literals: they end with NUL
 }
 
@@ -217,16 +217,16 @@ uint64_t baton_agent_epoch(const baton_agent* agent) {
   return agent == nullptr ? 0 : static_cast<uint64_t>(agent->agent->epoch());
 }
 
-baton_code baton_agent_register_memory(baton_agent* agent, void* data, size_t bytes, baton_memory_kind kind,
+baton_code baton_agent_register_memory(baton_agent* agent, void* data, size_t bytes, int memory_kind,
                                        baton_region** region, baton_error* error) {
   return guarded(error, [&]() -> Status {
     BATON_RETURN_IF_ERROR(demand(agent && data && region, "agent, data or region"));
-    if (kind != BATON_MEMORY_HOST && kind != BATON_MEMORY_CUDA) {
-      return baton::invalid_argument("memory kind {} does not exist", static_cast<int>(kind));
+    if (memory_kind != BATON_MEMORY_HOST && memory_kind != BATON_MEMORY_CUDA) {
+      return baton::invalid_argument("memory kind {} does not exist", memory_kind);
     }
     auto handle = std::make_unique<baton_region>();
     BATON_ASSIGN_OR_RETURN(handle->region, agent->agent->register_memory({static_cast<std::byte*>(data), bytes},
-                                                                         static_cast<bt::MemoryKind>(kind)));
+                                                                         static_cast<bt::MemoryKind>(memory_kind)));
     *region = handle.release();
     return Status();
   });

@@ -222,7 +222,7 @@ static void mistakes_are_told(void) {
   baton_region* region = NULL;
   char byte = 0;
   CHECK(baton_agent_register_memory(agent, &byte, 0, BATON_MEMORY_HOST, &region, &error) == BATON_INVALID_ARGUMENT);
-  CHECK(baton_agent_register_memory(agent, &byte, 1, (baton_memory_kind)2, &region, &error) == BATON_INVALID_ARGUMENT);
+  CHECK(baton_agent_register_memory(agent, &byte, 1, 2, &region, &error) == BATON_INVALID_ARGUMENT);
   CHECK_OK(baton_agent_register_memory(agent, &byte, 1, BATON_MEMORY_HOST, &region, &error));
   uint32_t pool = 0;
   CHECK(baton_agent_add_pool(agent, region, 1, 2, &pool, &error) == BATON_INVALID_ARGUMENT);
@@ -240,7 +240,7 @@ static void mistakes_are_told(void) {
   CHECK(baton_peer_write(NULL, NULL, NULL, NULL, NULL, NULL, NULL) == BATON_INVALID_ARGUMENT);
   CHECK(baton_transfer_wait(NULL, &error) == BATON_INVALID_ARGUMENT && strstr(error.message, "NULL") != NULL);
   CHECK(strcmp(baton_code_name(BATON_DATA_LOSS), "DATA_LOSS") == 0);
-  CHECK(strcmp(baton_code_name((baton_code)77), "UNKNOWN") == 0);
+  CHECK(strcmp(baton_code_name(77), "UNKNOWN") == 0);
   CHECK(strlen(baton_transfer_version()) > 0);
 }
 

@@ -58,7 +58,7 @@ typedef uint32_t baton_tag;
 /** "0.1.0" */
 const char* baton_transfer_version(void);
 /** "UNAVAILABLE"; "UNKNOWN" for a number that is no code. */
-const char* baton_code_name(baton_code code);
+const char* baton_code_name(int code);
 
 typedef enum baton_log_level {
   BATON_LOG_DEBUG = 0,
@@ -100,8 +100,8 @@ void baton_agent_destroy(baton_agent* agent);
 uint64_t baton_agent_epoch(const baton_agent* agent);
 
 /** `data` .. `data + bytes` belongs to the caller and must outlive the registration, which lives until its handle is
- * released and no pool uses it any more (pools live as long as their agent). */
-baton_code baton_agent_register_memory(baton_agent* agent, void* data, size_t bytes, baton_memory_kind kind,
+ * released and no pool uses it any more (pools live as long as their agent). `kind`: a baton_memory_kind. */
+baton_code baton_agent_register_memory(baton_agent* agent, void* data, size_t bytes, int memory_kind,
                                        baton_region** region, baton_error* error);
 void baton_region_release(baton_region* region);
 /** `count` blocks of `stride_bytes` from the start of `region`; known to those who get metadata afterwards. */
