@@ -1,0 +1,425 @@
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <iostream>
+#include <memory>
+#include <set>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/random.h"
+#include "transfer/include/baton/transfer.h"
+
+/// kill -9 and SIGSTOP of a peer at random moments, between real processes, from a seed:
+///
+///   transfer_kill_test shm|tcp [--seeds N] [--first-seed S]
+///
+/// The survivor (this process) has two peers. It writes to both and both write to it; one of them, the victim, is killed or
+/// stopped at a moment that the seed says: before it was connected, while connecting, with the first bytes, in the middle.
+/// Then:
+///   - every write to the victim ends, with an error once it is dead, by its deadline while it is stopped;
+///   - the other peer's writes all go on and succeed;
+///   - after settled() or fence() memory stays as its owner left it (it is filled with a pattern that nobody writes);
+///   - nothing is left in /dev/shm, no file stays open.
+/// It stops at the first thing that is not so, and says the seed.
+namespace baton::transfer {
+namespace {
+
+constexpr uint32_t kBlocks = 64;  // one half for each peer
+constexpr uint32_t kHalf = kBlocks / 2;
+constexpr uint64_t kStride = 512 << 10;  // 16 MiB a half: more than a connection's buffers hold
+constexpr std::byte kPoison{0xee};
+constexpr std::byte kFromParent{0x11};
+constexpr std::byte kFromChild{0x22};
+/// What is demanded is 1 s; the rest is for a machine that is busy with other things.
+constexpr double kSlackS = 9.0;
+
+double now_s() { return static_cast<double>(SteadyClock::instance().now_ns()) * 1e-9; }
+
+std::string to_hex(const std::string& bytes) {
+  std::string hex;
+  for (unsigned char c : bytes) hex += fmt::format("{:02x}", c);
+  return hex;
+}
+std::string from_hex(const std::string& hex) {
+  std::string bytes;
+  for (size_t i = 0; i + 1 < hex.size(); i += 2) {
+    bytes.push_back(static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
+  }
+  return bytes;
+}
+
+struct Node {
+  std::vector<std::byte> memory = std::vector<std::byte>(kBlocks * kStride);
+  std::unique_ptr<Agent> agent;
+
+  Node(const std::string& name, const std::string& transport) {
+    AgentConfig config;
+    config.name = name;
+    config.transport = transport;
+    config.bind_address = "127.0.0.1";
+    Result<std::unique_ptr<Agent>> made = Agent::create(config);
+    BATON_CHECK(made.ok()) << made.status().to_string();
+    agent = std::move(*made);
+    Result<MemoryRegion> region = agent->register_memory(memory, MemoryKind::kHost);
+    BATON_CHECK(region.ok()) << region.status().to_string();
+    BATON_CHECK(agent->add_pool({*region, kStride, kBlocks}).ok());
+  }
+  void fill(uint32_t first, std::byte value) {
+    std::memset(memory.data() + first * kStride, static_cast<int>(value), kHalf * kStride);
+    (void)agent->stats();  // takes the agent's lock: the thread sanitizer sees no order between processes otherwise
+  }
+  bool has(uint32_t first, std::byte value) const {
+    (void)agent->stats();
+    return std::memchr(memory.data() + first * kStride, static_cast<int>(value), kHalf * kStride) != nullptr;
+  }
+  bool is_all(uint32_t first, std::byte value) const {
+    (void)agent->stats();
+    const std::byte* data = memory.data() + first * kStride;
+    return data[0] == value && std::memcmp(data, data + 1, kHalf * kStride - 1) == 0;
+  }
+  /// A half of this memory into a half of a peer's, block by block and not in order.
+  static BlockWrite half(uint32_t local, uint32_t remote, int64_t timeout_ms) {
+    BlockWrite write;
+    write.local_pool = write.remote_pool = static_cast<PoolId>(0);
+    for (uint32_t i = 0; i < kHalf; ++i) write.blocks.push_back({local + i, remote + (i * 7) % kHalf});
+    write.length_bytes = kStride;
+    write.deadline = Deadline::after_ms(SteadyClock::instance(), timeout_ms);
+    return write;
+  }
+};
+
+/// The other process: a line in, a line out.
+int child_main(const std::string& name, const std::string& transport) {
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  set_log_level(LogLevel::kError);
+  Node node(name, transport);
+  std::cout << to_hex(node.agent->metadata()) << std::endl;
+  std::atomic<bool> stop{false};
+  std::thread writer;
+  for (std::string line; std::getline(std::cin, line);) {
+    std::istringstream in(line);
+    std::string command;
+    in >> command;
+    if (command == "write") {  // <metadata> <first remote block>, until it is refused
+      std::string metadata;
+      uint32_t first = 0;
+      in >> metadata >> first;
+      node.fill(kHalf, kFromChild);
+      Result<Peer> peer = node.agent->connect(from_hex(metadata));
+      BATON_CHECK(peer.ok()) << peer.status().to_string();
+      writer = std::thread([peer = *peer, first, &stop] {
+        while (!stop) {
+          Result<Transfer> one = peer.write(Node::half(kHalf, first, 20'000));
+          Result<Transfer> two = peer.write(Node::half(kHalf, first, 20'000));
+          if (!one.ok() || !two.ok() || !one->wait().ok() || !two->wait().ok()) return;
+        }
+      });
+    } else if (command == "fence") {
+      uint64_t epoch = 0;
+      in >> epoch;
+      Status status = node.agent->fence(static_cast<Epoch>(epoch));
+      if (!status.ok()) {
+        std::cout << status.to_string() << std::endl;
+        continue;
+      }
+    } else if (command == "poison") {
+      node.fill(0, kPoison);
+    } else if (command == "clean?") {
+      if (!node.is_all(0, kPoison)) {
+        std::cout << "no" << std::endl;
+        continue;
+      }
+    } else if (command == "unpoisoned?") {
+      if (node.has(0, kPoison)) {
+        std::cout << "no" << std::endl;
+        continue;
+      }
+    } else if (command == "exit") {
+      break;
+    }
+    std::cout << "ok" << std::endl;
+  }
+  stop = true;
+  if (writer.joinable()) writer.join();
+  return 0;
+}
+
+class Child {
+ public:
+  Child(const std::string& name, const std::string& transport) {
+    int to_child[2], from_child[2];
+    BATON_CHECK(::pipe2(to_child, O_CLOEXEC) == 0 && ::pipe2(from_child, O_CLOEXEC) == 0);
+    pid_ = ::fork();
+    if (pid_ == 0) {
+      ::dup2(to_child[0], 0);
+      ::dup2(from_child[1], 1);
+      ::execl("/proc/self/exe", "transfer_kill_test", "--child", name.c_str(), transport.c_str(), nullptr);
+      ::_exit(127);
+    }
+    ::close(to_child[0]);
+    ::close(from_child[1]);
+    in_ = ::fdopen(to_child[1], "w");
+    out_ = ::fdopen(from_child[0], "r");
+    metadata = from_hex(read_line());
+  }
+  Child(const Child&) = delete;
+  ~Child() {
+    kill();
+    std::fclose(in_);
+    std::fclose(out_);
+  }
+  void tell(const std::string& line) {
+    std::fprintf(in_, "%s\n", line.c_str());
+    std::fflush(in_);
+  }
+  std::string ask(const std::string& line) {
+    tell(line);
+    return read_line();
+  }
+  void stop() {
+    ::kill(pid_, SIGSTOP);
+    int status = 0;
+    BATON_CHECK(::waitpid(pid_, &status, WUNTRACED) == pid_ && WIFSTOPPED(status)) << "status " << status;
+  }
+  void resume() { ::kill(pid_, SIGCONT); }
+  /// After this nothing of it runs any more.
+  void kill() {
+    if (pid_ <= 0) return;
+    ::kill(pid_, SIGKILL);
+    ::waitpid(pid_, nullptr, 0);
+    pid_ = -1;
+  }
+  std::string metadata;
+
+ private:
+  std::string read_line() {
+    std::string line;
+    for (int c; (c = std::fgetc(out_)) != EOF && c != '\n';) line.push_back(static_cast<char>(c));
+    return line;
+  }
+  pid_t pid_ = -1;
+  FILE* in_ = nullptr;
+  FILE* out_ = nullptr;
+};
+
+std::set<std::string> shared_memory_files() {
+  std::set<std::string> names;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm", error)) names.insert(entry.path().filename());
+  return names;
+}
+size_t open_files() {
+  size_t count = 0;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) ++count;
+  return count;
+}
+
+class Survivor {
+ public:
+  explicit Survivor(const std::string& transport)
+      : transport_(transport), node_("survivor", transport), other_("other", transport) {
+    node_.fill(0, kFromParent);
+    BATON_CHECK(other_.ask(fmt::format("write {} {}", to_hex(node_.agent->metadata()), kHalf)) == "ok");
+    Result<Peer> peer = node_.agent->connect(other_.metadata);
+    BATON_CHECK(peer.ok()) << peer.status().to_string();
+    bystander_ = std::thread([this, peer = *peer] {
+      while (!stop_) {
+        Result<Transfer> transfer = peer.write(Node::half(kHalf, 0, 60'000));
+        BATON_CHECK(transfer.ok()) << transfer.status().to_string();
+        Status status = transfer->wait();
+        BATON_CHECK(status.ok()) << "a write to the other peer: " << status.to_string();
+        ++bystander_writes_;
+      }
+    });
+    for (uint64_t seen = bystander_writes_ + 1; bystander_writes_ < seen;) std::this_thread::yield();
+  }
+  ~Survivor() {
+    stop_ = true;
+    bystander_.join();
+  }
+
+  /// One life of a victim.
+  void run(uint64_t seed) {
+    Random random(mix_bits(seed, transport_ == "tcp"));
+    bool kill = random.chance(0.5);
+    bool it_writes = random.chance(0.7);  // the victim into us
+    bool we_write = !it_writes || random.chance(0.7);
+    uint64_t moment = random.below(4);  // 0: before we connect; 1: at once; 2: after some µs; 3: after some messages
+    size_t files = open_files();
+    AgentStats before = node_.agent->stats();
+
+    Child victim("victim", transport_);
+    node_.fill(0, kFromParent);
+    node_.agent->stats();
+    if (it_writes) BATON_CHECK(victim.ask(fmt::format("write {} {}", to_hex(node_.agent->metadata()), 0)) == "ok");
+    auto strike = [&] { kill ? victim.kill() : victim.stop(); };
+    if (moment == 0) strike();
+    Result<Peer> peer = node_.agent->connect(victim.metadata);
+    std::vector<Transfer> transfers;
+    // Its blocks in our memory are the same that we write from, unless only one of us writes.
+    uint32_t from = it_writes ? kHalf : 0;
+    int64_t timeout_ms = kill ? 30'000 : 200 + static_cast<int64_t>(random.below(300));
+    if (peer.ok() && we_write) {
+      for (int i = 0; i < 5; ++i) {
+        Result<Transfer> transfer = peer->write(Node::half(from, 0, timeout_ms));
+        if (transfer.ok()) transfers.push_back(*transfer);
+      }
+    }
+    if (moment == 2) {
+      double until = now_s() + static_cast<double>(random.below(20'000)) * 1e-6;
+      while (now_s() < until) std::this_thread::yield();
+    }
+    if (moment == 3) {
+      uint64_t some = random.below(5 * kHalf / 4);
+      auto progressed = [&] {
+        if (we_write && peer.ok()) {
+          return peer->stats().messages >= some || std::all_of(transfers.begin(), transfers.end(), [](const Transfer& t) { return t.done(); });
+        }
+        return node_.has(0, kFromChild);
+      };
+      while (!progressed()) std::this_thread::yield();
+    }
+    if (moment != 0) strike();
+    double struck = now_s();
+    uint64_t others = bystander_writes_;
+
+    // Every write ends.
+    bool settled = true, failed = false;
+    for (const Transfer& transfer : transfers) {
+      Status status = transfer.wait();
+      settled = settled && transfer.settled();
+      failed = failed || !status.ok();
+    }
+    double took = now_s() - struck;
+    longest_s_ = std::max(longest_s_, took);
+    double allowed = (kill ? 1.0 : static_cast<double>(timeout_ms) * 1e-3 + 1.0) + kSlackS;
+    BATON_CHECK(took < allowed) << "the writes took " << took << " s";
+    if (kill) ++killed_; else ++stopped_;
+
+    // What it wrote into us: shut it out, then the memory is ours.
+    if (it_writes) {
+      Epoch epoch = peer.ok() ? peer->epoch() : Epoch::kNone;
+      BATON_CHECK(peer.ok() || kill) << "a stopped peer can be connected to: " << peer.status().to_string();
+      if (epoch != Epoch::kNone) {
+        Status fenced = node_.agent->fence(epoch);
+        if (!fenced.ok()) {
+          // Allowed only of a writer that is stopped in the middle of a copy into our memory.
+          BATON_CHECK(!kill && transport_ == "shm") << fenced.to_string();
+          victim.resume();
+          double patience = now_s() + 1 + kSlackS;
+          while (!fenced.ok() && now_s() < patience) fenced = node_.agent->fence(epoch);
+          BATON_CHECK(fenced.ok()) << fenced.to_string();
+        }
+      } else {
+        // Killed before we knew it. Its socket is closed, so it is gone as soon as we have seen that.
+        double patience = now_s() + 1 + kSlackS;
+        while (node_.agent->stats().inbound_peers > before.inbound_peers && now_s() < patience) std::this_thread::yield();
+      }
+      node_.fill(0, kPoison);
+    }
+    // Our own memory is not read any more: what it holds now never shows up anywhere.
+    if (we_write && !it_writes) node_.fill(0, kPoison);
+
+    if (!kill) {
+      // Back to life. What had to be broken off may still be in its buffers, unless it shuts us out.
+      victim.resume();
+      std::string epoch = std::to_string(static_cast<uint64_t>(node_.agent->epoch()));
+      bool must_fence = !settled;
+      if (must_fence) BATON_CHECK(victim.ask("fence " + epoch) == "ok");
+      if (we_write && !it_writes) BATON_CHECK(victim.ask("unpoisoned?") == "ok") << "bytes from after the end came through";
+      BATON_CHECK(victim.ask("poison") == "ok");
+      if (must_fence) ++fenced_;
+      BATON_CHECK(victim.ask("ping") == "ok" && victim.ask("clean?") == "ok")
+          << "the victim's memory was written after " << (must_fence ? "fence()" : "settled()");
+    }
+
+    // The other peer never noticed; and while it is at work late bytes have every chance.
+    double patience = now_s() + 60;
+    while (bystander_writes_ < others + 3 && now_s() < patience) std::this_thread::yield();
+    BATON_CHECK(bystander_writes_ >= others + 3) << "the other peer's writes stand still";
+    if (it_writes || we_write) {
+      BATON_CHECK(!it_writes || node_.is_all(0, kPoison)) << "written after fence()";
+    }
+    if (peer.ok()) {
+      Status closed = peer->close();
+      BATON_CHECK(closed.ok()) << closed.to_string();
+      BATON_CHECK(!peer->alive() && !peer->write(Node::half(0, 0, 1000)).ok());
+    }
+    victim.kill();
+    double gone = now_s() + 1 + kSlackS;
+    auto settled_down = [&] {
+      AgentStats stats = node_.agent->stats();
+      return stats.peers == before.peers && stats.inbound_peers == before.inbound_peers && open_files() <= files + 2;
+    };
+    while (!settled_down() && now_s() < gone) std::this_thread::yield();
+    AgentStats after = node_.agent->stats();
+    BATON_CHECK(settled_down()) << after.peers << " peers, " << after.inbound_peers << " inbound, " << open_files()
+                                << " files; before: " << before.peers << ", " << before.inbound_peers << ", " << files;
+    failures_ += failed;
+  }
+
+  std::string summary() const {
+    return fmt::format("{} killed, {} stopped ({} had to be fenced), writes failed in {}; longest wait for the end of the "
+                       "writes {:.2f} s; {} writes to the other peer",
+                       killed_, stopped_, fenced_, failures_, longest_s_, bystander_writes_.load());
+  }
+
+ private:
+  const std::string transport_;
+  Node node_;
+  Child other_;
+  std::thread bystander_;
+  std::atomic<bool> stop_{false};
+  std::atomic<uint64_t> bystander_writes_{0};
+  int killed_ = 0, stopped_ = 0, fenced_ = 0, failures_ = 0;
+  double longest_s_ = 0;
+};
+
+int parent_main(const std::string& transport, uint64_t first_seed, uint64_t seeds) {
+  set_log_level(LogLevel::kError);
+  ::signal(SIGPIPE, SIG_IGN);
+  std::set<std::string> segments = shared_memory_files();
+  {
+    Survivor survivor(transport);
+    for (uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
+      std::fprintf(stderr, "\r%s seed %llu ", transport.c_str(), static_cast<unsigned long long>(seed));
+      survivor.run(seed);
+    }
+    std::fprintf(stderr, "\n%s\n", survivor.summary().c_str());
+  }
+  BATON_CHECK(shared_memory_files() == segments) << "something was left in /dev/shm";
+  return 0;
+}
+
+}  // namespace
+}  // namespace baton::transfer
+
+int main(int argc, char** argv) {
+  if (argc == 4 && std::strcmp(argv[1], "--child") == 0) return baton::transfer::child_main(argv[2], argv[3]);
+  uint64_t seeds = 10, first = 1;
+  for (int i = 2; i + 1 < argc; i += 2) {
+    (std::strcmp(argv[i], "--seeds") == 0 ? seeds : first) = std::strtoull(argv[i + 1], nullptr, 10);
+  }
+  if (argc < 2 || argc % 2 != 0) {
+    std::fprintf(stderr, "usage: %s shm|tcp [--seeds N] [--first-seed S]\n", argv[0]);
+    return 2;
+  }
+  return baton::transfer::parent_main(argv[1], first, seeds);
+}
