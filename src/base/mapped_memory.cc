@@ -10,10 +10,31 @@
 
 namespace baton {
 
-Result<MappedMemory> MappedMemory::map(FileDescriptor fd, size_t bytes) {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+/// Where a mapping can have huge pages: they have to lie at multiples of their size both in memory and in the file,
+/// and not every kernel sees to that by itself. nullptr: anywhere.
+void* huge_page_address(uint64_t offset, size_t bytes) {
+  if (bytes < kHugePage) return nullptr;
+  size_t reserved = bytes + kHugePage;
+  void* base = ::mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) return nullptr;
+  ::munmap(base, reserved);
+  auto address = reinterpret_cast<uintptr_t>(base);
+  size_t wanted = offset % kHugePage;
+  size_t forward = (wanted + kHugePage - address % kHugePage) % kHugePage;
+  return reinterpret_cast<void*>(address + forward);
+}
+
+}  // namespace
+
+Result<MappedMemory> MappedMemory::map(FileDescriptor fd, uint64_t offset, size_t bytes) {
   if (bytes == 0) return invalid_argument("mapping no memory");
   int flags = fd ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
-  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd.get(), 0);
+  // A hint only: another thread may have taken the place meanwhile, then it is some other one.
+  void* data = ::mmap(huge_page_address(offset, bytes), bytes, PROT_READ | PROT_WRITE, flags, fd.get(), static_cast<off_t>(offset));
   if (data == MAP_FAILED) return resource_exhausted("mmap of {} bytes: {}", bytes, std::strerror(errno));
   (void)::madvise(data, bytes, MADV_HUGEPAGE);  // a wish; the kernel may be built without
   MappedMemory memory;
@@ -23,7 +44,12 @@ Result<MappedMemory> MappedMemory::map(FileDescriptor fd, size_t bytes) {
   return memory;
 }
 
-Result<MappedMemory> MappedMemory::create_private(size_t bytes) { return map(FileDescriptor(), bytes); }
+Result<MappedMemory> MappedMemory::map_shared(FileDescriptor fd, uint64_t offset, size_t bytes) {
+  if (!fd) return invalid_argument("mapping no file");
+  return map(std::move(fd), offset, bytes);
+}
+
+Result<MappedMemory> MappedMemory::create_private(size_t bytes) { return map(FileDescriptor(), 0, bytes); }
 
 Result<MappedMemory> MappedMemory::create_shared(const std::string& name, size_t bytes) {
   FileDescriptor fd(::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -34,7 +60,7 @@ Result<MappedMemory> MappedMemory::create_shared(const std::string& name, size_t
   if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     return unavailable("sealing a memfd: {}", std::strerror(errno));
   }
-  return map(std::move(fd), bytes);
+  return map(std::move(fd), 0, bytes);
 }
 
 MappedMemory::MappedMemory(MappedMemory&& other) noexcept

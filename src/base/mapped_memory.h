@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 
@@ -19,6 +20,9 @@ class MappedMemory {
   /// sealed: a process that has mapped it can never be killed by the owner making it smaller.
   static Result<MappedMemory> create_shared(const std::string& name, size_t bytes);
 
+  /// `bytes` from `offset` (a multiple of the page size) of an open file, shared with all who have mapped it.
+  static Result<MappedMemory> map_shared(FileDescriptor fd, uint64_t offset, size_t bytes);
+
   MappedMemory() = default;
   MappedMemory(MappedMemory&& other) noexcept;
   MappedMemory& operator=(MappedMemory&& other) noexcept;
@@ -32,7 +36,7 @@ class MappedMemory {
   explicit operator bool() const { return data_ != nullptr; }
 
  private:
-  static Result<MappedMemory> map(FileDescriptor fd, size_t bytes);
+  static Result<MappedMemory> map(FileDescriptor fd, uint64_t offset, size_t bytes);
   void reset();
 
   FileDescriptor fd_;

@@ -7,12 +7,16 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <map>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "transfer/control.h"
+#include "transfer/shm/shared_pool.h"
+#include "transfer/shm/stream_copy.h"
 #include "transfer/wire.h"
 
 namespace baton::transfer {
@@ -20,6 +24,14 @@ namespace {
 
 /// One call takes up to 1024 pieces (IOV_MAX); half of that already hides the cost of the call.
 constexpr uint32_t kMaxSegments = 512;
+/// From here on a message is copied past the caches. Below, whoever is told of it finds it warm.
+constexpr uint64_t kMinStreamBytes = 256u << 10;
+
+/// A region, and how others can map it when it is shared memory.
+class ShmRegion final : public BackendRegion {
+ public:
+  SharedSource source;  // no file: private memory
+};
 
 class ShmBackend;
 
@@ -34,6 +46,14 @@ class ShmLink final : public Link {
   bool ready() const override { return ready_ && !dead_; }
   bool late_writes_possible() const override { return false; }
 
+  struct RemotePool {
+    uint64_t base = 0;                    // in the peer's process
+    MappedPool* mapped = nullptr;         // in this one; null: the kernel copies
+  };
+  void open_pool(const Welcome::Pool& pool);
+  Status copy_mapped(const BackendMessage& message, MappedPool& remote);
+  Status copy_by_kernel(const BackendMessage& message, uint64_t remote_base);
+
   struct Copied {
     uint64_t cookie;
     Tag tag;
@@ -44,7 +64,9 @@ class ShmLink final : public Link {
   const std::string peer_name_;
   bool ready_ = false;
   bool dead_ = false;
-  std::unordered_map<uint32_t, uint64_t> pool_bases_;
+  std::unordered_map<uint32_t, RemotePool> pools_;
+  // Several pools may lie in the same memory: mapped once.
+  std::map<std::tuple<uint64_t, uint64_t, uint64_t, uint64_t>, MappedPool> mappings_;
   std::vector<Copied> copied_;  // the peer is not told yet
   std::vector<Copied> told_;    // waits to be reported
 };
@@ -80,10 +102,14 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   Result<std::unique_ptr<BackendRegion>> register_memory(std::span<std::byte> memory,
                                                          MemoryKind kind) override {
     if (kind != MemoryKind::kHost) return unimplemented("shm moves host memory only");
-    auto region = std::make_unique<BackendRegion>();
+    auto region = std::make_unique<ShmRegion>();
     region->data = memory.data();
     region->remote_base = reinterpret_cast<uint64_t>(memory.data());
-    return region;
+    Result<SharedSource> source = find_shared_source(memory);
+    if (source.ok()) region->source = std::move(*source);
+    log_debug("transfer {}: shm: {} bytes at {}: {}", context_->agent_name, memory.size(), fmt::ptr(memory.data()),
+              source.ok() ? "peers can map them" : "peers write through the kernel, " + source.status().message());
+    return std::unique_ptr<BackendRegion>(std::move(region));
   }
 
   std::string address() const override {
@@ -178,7 +204,12 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     for (const LocalPool& pool : context_->pools()) {
       Result<const BackendRegion*> region = context_->backend_region(pool, *this);
       if (!region.ok()) continue;  // device memory: not reachable this way, the writer will be told
-      welcome.pools.push_back({pool.id, (*region)->remote_base, 0});
+      const SharedSource& source = static_cast<const ShmRegion&>(**region).source;
+      Welcome::Pool opened;
+      opened.id = pool.id;
+      opened.base = (*region)->remote_base;
+      if (source.file) opened.packed_key = encode_ticket(source.ticket);
+      welcome.pools.push_back(std::move(opened));
     }
     log_info("transfer {}: '{}' can write into this process over shm ({} pools)", context_->agent_name,
              hello.name, welcome.pools.size());
@@ -191,8 +222,15 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   void on_welcome(ControlPlane::Id id, Welcome welcome) override {
     auto it = links_.find(id);
     if (it == links_.end()) return;
-    for (const Welcome::Pool& pool : welcome.pools) it->second->pool_bases_[pool.id] = pool.base;
-    it->second->ready_ = true;
+    ShmLink& link = *it->second;
+    size_t mapped = 0;
+    for (const Welcome::Pool& pool : welcome.pools) {
+      link.open_pool(pool);
+      if (link.pools_[pool.id].mapped != nullptr) ++mapped;
+    }
+    link.ready_ = true;
+    log_info("transfer {}: shm to '{}': {} of {} pools are mapped here, the others are written through the kernel (cma)",
+             context_->agent_name, link.peer_name_, mapped, welcome.pools.size());
   }
   void on_outbound_closed(ControlPlane::Id id, const Status& why) override {
     auto it = links_.find(id);
@@ -218,16 +256,69 @@ ShmLink::~ShmLink() {
   backend_.control_.close_outbound(id_);
 }
 
+void ShmLink::open_pool(const Welcome::Pool& pool) {
+  RemotePool& remote = pools_[pool.id];
+  remote.base = pool.base;
+  if (pool.packed_key.empty()) return;
+  auto open = [&]() -> Result<MappedPool*> {
+    BATON_ASSIGN_OR_RETURN(SharedTicket ticket, parse_ticket(pool.packed_key));
+    auto key = std::tuple(ticket.device, ticket.inode, ticket.offset, ticket.bytes);
+    auto known = mappings_.find(key);
+    if (known == mappings_.end()) {
+      BATON_ASSIGN_OR_RETURN(MappedPool mapping, MappedPool::open(pid_, ticket));
+      known = mappings_.emplace(key, std::move(mapping)).first;
+    }
+    return &known->second;
+  };
+  Result<MappedPool*> mapped = open();
+  if (mapped.ok()) {
+    remote.mapped = *mapped;
+  } else {
+    log_warning("transfer: shm to '{}': pool {} is shared but cannot be mapped ({}); the kernel copies instead, which takes about "
+                "twice as long", peer_name_, pool.id, mapped.status().message());
+  }
+}
+
 Result<PostResult> ShmLink::post(const BackendMessage& message) {
   if (!ready()) return PostResult::kAgain;
-  auto base = pool_bases_.find(message.remote_pool);
-  if (base == pool_bases_.end()) {
+  auto pool = pools_.find(message.remote_pool);
+  if (pool == pools_.end()) {
     return failed_precondition("'{}' did not open pool {} for shm", peer_name_, message.remote_pool);
   }
   // A pid can be given to another process once its owner is gone; the kernel closes the socket before.
   if (!backend_.control_.still_connected(id_)) {
     return unavailable("the process of '{}' (pid {}) is gone", peer_name_, pid_);
   }
+  const RemotePool& remote = pool->second;
+  BATON_RETURN_IF_ERROR(remote.mapped != nullptr ? copy_mapped(message, *remote.mapped) : copy_by_kernel(message, remote.base));
+  copied_.push_back({message.cookie, message.tag});
+  return PostResult::kPosted;
+}
+
+Status ShmLink::copy_mapped(const BackendMessage& message, MappedPool& remote) {
+  // The agent checks against the metadata, which came another way than the mapping.
+  for (const Segment& segment : message.segments) {
+    if (segment.remote_offset > remote.bytes() || segment.bytes > remote.bytes() - segment.remote_offset) {
+      return data_loss("'{}' announced a pool that ends behind its memory: {} bytes from offset {} of {}", peer_name_, segment.bytes,
+                       segment.remote_offset, remote.bytes());
+    }
+  }
+  bool stream = message.bytes >= kMinStreamBytes;
+  for (const Segment& segment : message.segments) {
+    remote.prepare(segment.remote_offset, segment.bytes);
+    std::byte* to = remote.data() + segment.remote_offset;
+    const std::byte* from = message.local->data + segment.local_offset;
+    if (stream) {
+      stream_copy(to, from, segment.bytes);
+    } else {
+      std::memcpy(to, from, segment.bytes);
+    }
+  }
+  if (stream) stream_fence();
+  return Status();
+}
+
+Status ShmLink::copy_by_kernel(const BackendMessage& message, uint64_t remote_base) {
   iovec local[kMaxSegments];
   iovec remote[kMaxSegments];
   size_t count = message.segments.size();
@@ -235,7 +326,7 @@ Result<PostResult> ShmLink::post(const BackendMessage& message) {
   for (size_t i = 0; i < count; ++i) {
     const Segment& segment = message.segments[i];
     local[i] = {message.local->data + segment.local_offset, segment.bytes};
-    remote[i] = {reinterpret_cast<void*>(base->second + segment.remote_offset), segment.bytes};
+    remote[i] = {reinterpret_cast<void*>(remote_base + segment.remote_offset), segment.bytes};
   }
   size_t first = 0;
   while (first < count) {
@@ -254,8 +345,7 @@ Result<PostResult> ShmLink::post(const BackendMessage& message) {
                        remote[first].iov_len - left};
     }
   }
-  copied_.push_back({message.cookie, message.tag});
-  return PostResult::kPosted;
+  return Status();
 }
 
 void ShmLink::flush() {
