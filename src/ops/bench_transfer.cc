@@ -59,7 +59,7 @@ class TargetProcess {
       if (!std::string_view(*entry).starts_with("BATON_")) environment.push_back(*entry);
     }
     environment.push_back(nullptr);
-    std::vector<std::string> words = {"baton", "--log-level", "warning", "bench", "transfer", "--role", "target", "--fd",
+    std::vector<std::string> words = {"baton", "--log-level", "error", "bench", "transfer", "--role", "target", "--fd",
                                       std::to_string(theirs.get()), "--pool-bytes", std::to_string(max_pool_bytes)};
     std::vector<char*> arguments;
     for (std::string& word : words) arguments.push_back(word.data());
