@@ -80,9 +80,9 @@ Status receive(const std::string& ip, uint16_t port, const std::string& transpor
 }
 
 Status send(const std::string& ip, uint16_t port, const std::string& transport) {
-  Node node;
-  BATON_RETURN_IF_ERROR(node.open("sender", transport, transport == "tcp" ? ip : ""));
   SocketChannel receiver = SocketChannel::connect_to(ip, port);
+  Node node;
+  BATON_RETURN_IF_ERROR(node.open("sender", transport, receiver.local_ip()));
   BATON_ASSIGN_OR_RETURN(Peer peer, node.agent->connect(receiver.receive()));
   auto remote_pool = static_cast<PoolId>(std::stoul(receiver.receive()));
 

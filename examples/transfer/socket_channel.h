@@ -43,6 +43,16 @@ class SocketChannel {
     if (fd_ >= 0) ::close(fd_);
   }
 
+  /// The address of this host on the way to the other side.
+  std::string local_ip() const {
+    sockaddr_in address{};
+    socklen_t size = sizeof(address);
+    char text[INET_ADDRSTRLEN] = "";
+    ::getsockname(fd_, reinterpret_cast<sockaddr*>(&address), &size);
+    ::inet_ntop(AF_INET, &address.sin_addr, text, sizeof(text));
+    return text;
+  }
+
   void send(const std::string& text) {
     uint32_t size = htonl(static_cast<uint32_t>(text.size()));
     write_all(&size, sizeof(size));

@@ -1,0 +1,56 @@
+"""tcp between two network namespaces (bench/netns_rails.sh): a rail's rate is reached, and a cut rail ends the transfers by
+their deadline. Needs root; skipped without."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SEND_BLOCKS = sys.argv[1]
+RATE_MBIT = 800
+SKIPPED = 77
+
+
+def run(*options):
+    # The sender waits until the receiver says that it listens.
+    send = f"until [ -e $SHARED_DIR/up ]; do sleep 0.05; done; exec {SEND_BLOCKS} send $REMOTE_IP 7000 tcp"
+    receive = f"{SEND_BLOCKS} receive $LOCAL_IP 7000 tcp | tee /dev/stderr | (read line; touch $SHARED_DIR/up; cat > /dev/null)"
+    start = time.monotonic()
+    done = subprocess.run([ROOT / "bench/netns_rails.sh", "--rates", str(RATE_MBIT), *options, "--", receive, "--", send],
+                          capture_output=True, text=True, timeout=120)
+    if done.returncode == SKIPPED:
+        print(done.stderr)
+        sys.exit(SKIPPED)
+    return done, time.monotonic() - start
+
+
+def namespaces():
+    return {name for name in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split()
+            if name.startswith("baton-")}
+
+
+def main():
+    before = namespaces()
+    done, _ = run()
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    gigabytes = float(re.search(r"([\d.]+) GB/s", output).group(1))
+    print(f"one rail of {RATE_MBIT} Mbit/s: {gigabytes * 8000:.0f} Mbit/s")
+    # The upper bound says that the traffic went over the rail; the lower one leaves room for a busy machine.
+    assert 0.6 * RATE_MBIT < gigabytes * 8000 < 1.1 * RATE_MBIT, output
+
+    # Nothing tells TCP that the link is gone: the deadline (10 s), then a second without a sign of life.
+    done, seconds = run("--cut", "0:1.5")
+    output = done.stdout + done.stderr
+    print(f"cut after 1.5 s: ended after {seconds:.1f} s")
+    assert done.returncode not in (0, SKIPPED), output
+    assert "DEADLINE_EXCEEDED" in output or "UNAVAILABLE" in output, output
+    assert "receiver" in output and "tcp" in output, output  # who and how
+    assert seconds < 1.5 + 10 + 1 + 10, output
+    assert namespaces() <= before, "namespaces were left behind"
+
+
+if __name__ == "__main__":
+    main()
