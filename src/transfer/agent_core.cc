@@ -190,6 +190,7 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
       on_link_failed(*peer.link, result.status());
       break;
     }
+    if (*result == PostResult::kFull) break;
     if (*result == PostResult::kAgain) {
       ++retries_;
       peer.again = true;

@@ -56,6 +56,7 @@ struct BackendMessage {
 enum class PostResult : uint8_t {
   kPosted,  ///< a completion will follow, unless the link is closed first
   kAgain,   ///< not now; try after progress()
+  kFull,    ///< a window of the link's own is full; a completion will open it
 };
 
 /// The outgoing half of a pair: writes into one peer. Its destructor closes it for certain: afterwards

@@ -148,6 +148,7 @@ std::string encode_welcome(const Welcome& welcome) {
   out.put(static_cast<uint16_t>(welcome.pools.size()));
   for (const Welcome::Pool& pool : welcome.pools) {
     out.put(pool.id);
+    out.put(pool.rail);
     out.put(pool.base);
     out.put(pool.key);
     out.put_string(pool.packed_key);
@@ -164,10 +165,11 @@ Result<Welcome> parse_welcome(std::string_view payload) {
     welcome.rails.emplace_back(in.get_string(kMaxEndpointAddressBytes));
   }
   size_t pools = in.get<uint16_t>();
-  if (pools > kMaxPools) return invalid_argument("a Welcome with {} pools", pools);
+  if (pools > kMaxPools * std::max<size_t>(rails, 1)) return invalid_argument("a Welcome with {} pools", pools);
   for (size_t i = 0; i < pools && in.ok(); ++i) {
     Welcome::Pool pool;
     pool.id = in.get<uint32_t>();
+    pool.rail = in.get<uint16_t>();
     pool.base = in.get<uint64_t>();
     pool.key = in.get<uint64_t>();
     pool.packed_key = in.get_string(kMaxPackedKeyBytes);
@@ -175,6 +177,29 @@ Result<Welcome> parse_welcome(std::string_view payload) {
   }
   if (!in.ok() || !in.at_end()) return invalid_argument("a damaged Welcome");
   return welcome;
+}
+
+std::string encode_rail_note(const RailNote& note) {
+  WireWriter out;
+  out.put(static_cast<uint8_t>(note.kind));
+  out.put(note.rail);
+  out.put(note.generation);
+  out.put(note.count);
+  out.put_string(note.address);
+  return out.take();
+}
+
+Result<RailNote> parse_rail_note(std::string_view payload) {
+  WireReader in(payload);
+  RailNote note;
+  uint8_t kind = in.get<uint8_t>();
+  note.kind = static_cast<RailNote::Kind>(kind);
+  note.rail = in.get<uint16_t>();
+  note.generation = in.get<uint32_t>();
+  note.count = in.get<uint64_t>();
+  note.address = in.get_string(kMaxEndpointAddressBytes);
+  if (!in.ok() || !in.at_end() || kind < 1 || kind > 4) return invalid_argument("a damaged rail note");
+  return note;
 }
 
 bool FrameSocket::send(Type type, std::string_view payload) {
@@ -322,19 +347,26 @@ bool ControlPlane::still_connected(Id id) const {
   return ::poll(&poll_fd, 1, 0) == 0 || (poll_fd.revents & (POLLRDHUP | POLLHUP | POLLERR)) == 0;
 }
 
-bool ControlPlane::send_arrivals(Id id, std::span<const Arrival> arrivals) {
+bool ControlPlane::send(Id id, FrameSocket::Type type, std::string_view payload) {
   auto it = connections_.find(id);
-  if (it == connections_.end()) return false;
+  if (it == connections_.end() || !it->second.socket->send(type, payload)) return false;
+  Status status = it->second.socket->flush();
+  if (!status.ok()) return false;  // the hang-up is seen and handled in progress()
+  watch(id, it->second);
+  return true;
+}
+
+bool ControlPlane::send_arrivals(Id id, std::span<const Arrival> arrivals) {
   WireWriter out;
   for (const Arrival& arrival : arrivals) {
     out.put(arrival.tag);
     out.put(arrival.count);
   }
-  if (!it->second.socket->send(FrameSocket::Type::kArrived, out.bytes())) return false;
-  Status status = it->second.socket->flush();
-  if (!status.ok()) return false;  // the hang-up is seen and handled in progress()
-  watch(id, it->second);
-  return true;
+  return send(id, FrameSocket::Type::kArrived, out.bytes());
+}
+
+bool ControlPlane::send_rail_note(Id id, const RailNote& note) {
+  return send(id, FrameSocket::Type::kRail, encode_rail_note(note));
 }
 
 void ControlPlane::watch(Id id, Connection& connection) {
@@ -501,20 +533,38 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
       if (!connection.outbound) break;
       *failure = failed_precondition("refused by the peer: {}", frame.payload.substr(0, 500));
       return;
+    case FrameSocket::Type::kRail: {
+      if (!connection.established) break;
+      Result<RailNote> note = parse_rail_note(frame.payload);
+      if (!note.ok()) {
+        *failure = note.status();
+        return;
+      }
+      if (connection.outbound) {
+        delegate_.on_outbound_rail(id, *note);
+      } else {
+        delegate_.on_inbound_rail(id, *note);
+      }
+      return;
+    }
     case FrameSocket::Type::kFence:
       if (!connection.outbound) break;
       // The connection stays until the link has ended: closing it is what confirms the fence.
       delegate_.on_outbound_closed(id, failed_precondition("fenced by the peer"));
       return;
     case FrameSocket::Type::kArrived: {
-      if (connection.outbound || !connection.established) break;
+      if (!connection.established) break;
       WireReader in(frame.payload);
       while (!in.at_end()) {
         Arrival arrival;
         arrival.tag = in.get<uint32_t>();
         arrival.count = in.get<uint32_t>();
         if (!in.ok()) break;
-        delegate_.on_inbound_arrived(id, arrival);
+        if (connection.outbound) {
+          delegate_.on_outbound_arrived(id, arrival);
+        } else {
+          delegate_.on_inbound_arrived(id, arrival);
+        }
       }
       if (in.ok()) return;
       break;

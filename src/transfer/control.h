@@ -22,7 +22,10 @@
 ///   writer                               owner of the memory
 ///     Hello{epochs, serial, name}  ---->   refuses old epochs and fenced peers; opens what it receives on
 ///     <---- Welcome{rails, keys}           only now the writer may write
-///     Arrived{(tag, count)...}     ---->   (shm only: other fabrics carry the tag with the data)
+///     Arrived{(tag, count)...}     ---->   (shm, ucx: other fabrics carry the tag with the data)
+///     <---- Arrived{(message, count)...}   (ucx: the owner itself has put these messages into its memory)
+///     Rail{down, open}             ---->   (several rails: one has failed, or is tried again)
+///     <---- Rail{count, ready}
 ///     <---- Fence                          stop writing; answered by closing, after the last write ended
 ///   closed by either side, or by the kernel when a process dies: the pair is over
 ///
@@ -43,6 +46,7 @@ struct Welcome {
     uint64_t base = 0;
     uint64_t key = 0;
     std::string packed_key = {};  ///< what 64 bits do not hold (ucx)
+    uint16_t rail = 0;            ///< where base and key are valid
   };
   std::vector<std::string> rails;  ///< one endpoint address each
   std::vector<Pool> pools;
@@ -52,6 +56,26 @@ struct Arrival {
   uint32_t tag = 0;
   uint32_t count = 0;
 };
+
+/// What the two ends of a pair with several rails tell each other when one of them fails (fabric/fabric_link.h has the
+/// whole procedure). A generation is one life of a rail between the two.
+struct RailNote {
+  enum class Kind : uint8_t {
+    kDown = 1,   ///< writer: I have closed my end; how much of it arrived?
+    kCount = 2,  ///< owner: my end is closed, too; `count` counted messages came in all, the first `count` that you posted
+    kOpen = 3,   ///< writer: let us try it again
+    kReady = 4,  ///< owner: here is a new end, at `address` (empty: I could not open one)
+  };
+  Kind kind = Kind::kDown;
+  uint16_t rail = 0;
+  uint32_t generation = 0;
+  uint64_t count = 0;
+  std::string address;
+  bool operator==(const RailNote&) const = default;
+};
+
+std::string encode_rail_note(const RailNote& note);
+Result<RailNote> parse_rail_note(std::string_view payload);
 
 std::string encode_hello(const Hello& hello);
 std::string encode_welcome(const Welcome& welcome);
@@ -64,7 +88,7 @@ using SocketAddress = std::string;
 /// A connected (or connecting) stream socket with frames on it. Not thread-safe.
 class FrameSocket {
  public:
-  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5 };
+  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5, kRail = 6 };
   struct Frame {
     Type type;
     std::string payload;
@@ -101,6 +125,9 @@ class ControlPlane {
     /// The writer is gone, or was shut out: release what was opened for it. Runs before fence() returns.
     virtual void on_inbound_closed(Id id) = 0;
     virtual void on_inbound_arrived(Id id, const Arrival& arrival) = 0;
+    virtual void on_outbound_arrived(Id, const Arrival&) {}
+    virtual void on_inbound_rail(Id, const RailNote&) {}
+    virtual void on_outbound_rail(Id, const RailNote&) {}
     virtual void on_welcome(Id id, Welcome welcome) = 0;
     /// The owner of the memory is gone, has refused or fenced us: nothing may be posted after this. The
     /// delegate calls close_outbound() once nothing that was posted can write any more.
@@ -127,6 +154,7 @@ class ControlPlane {
   /// The process at the other end, as this one's pid namespace sees it (unix only); 0: unknown.
   int remote_pid(Id id) const;
   bool send_arrivals(Id id, std::span<const Arrival> arrivals);
+  bool send_rail_note(Id id, const RailNote& note);
   /// False when the other end has hung up (its process is gone), even if that was not processed yet.
   bool still_connected(Id id) const;
   void close_outbound(Id id);
@@ -151,6 +179,7 @@ class ControlPlane {
     int64_t opened_ns = 0;
   };
 
+  bool send(Id id, FrameSocket::Type type, std::string_view payload);
   void accept_all();
   void handle(Id id, uint32_t events);
   void handle_frame(Id id, Connection& connection, const FrameSocket::Frame& frame, Status* failure);

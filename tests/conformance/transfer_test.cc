@@ -29,6 +29,7 @@ using ::testing::HasSubstr;
 struct Network {
   std::string transport;
   SimOptions sim;
+  std::string addresses = "127.0.0.1";
 };
 
 std::ostream& operator<<(std::ostream& out, const Network& network) { return out << network.transport; }
@@ -70,7 +71,7 @@ class TransferConformance : public ::testing::TestWithParam<Network> {
     node->stride_bytes = stride_bytes;
     config.name = name;
     config.transport = GetParam().transport;
-    config.bind_address = "127.0.0.1";
+    config.bind_address = GetParam().addresses;
     config.cuda_library = testing::cuda_library();
     Result<std::unique_ptr<Agent>> agent =
         fabric_ ? create_sim_agent(*fabric_, config) : Agent::create(config);
@@ -694,9 +695,12 @@ SimOptions efa_like() {
 
 INSTANTIATE_TEST_SUITE_P(Transports, TransferConformance,
                          ::testing::Values(Network{"sim", {}}, Network{"sim", efa_like()},
-                                           Network{"shm", {}}, Network{"cuda_ipc", {}}, Network{"tcp", {}}),
+                                           Network{"shm", {}}, Network{"cuda_ipc", {}}, Network{"tcp", {}},
+                                           Network{"tcp", {}, "127.0.0.1,127.0.0.2,127.0.0.3"}),
                          [](const ::testing::TestParamInfo<Network>& info) {
-                           return info.param.transport + (info.param.sim.reorder ? "_like_efa" : "");
+                           std::string name = info.param.transport + (info.param.sim.reorder ? "_like_efa" : "");
+                           if (info.param.addresses.find(',') != std::string::npos) name += "_rails";
+                           return name;
                          });
 
 }  // namespace

@@ -12,6 +12,10 @@
 #include <filesystem>
 #include <vector>
 
+#include "base/log.h"
+#include "transfer/topology/rails.h"
+#include "transfer/topology/topology.h"
+
 namespace baton::transfer::fabric {
 namespace {
 
@@ -41,6 +45,7 @@ InfoPointer make_hints(const std::string& transport, const std::string& provider
   if (transport == "tcp") {
     hints->addr_format = address.find(':') == std::string::npos ? FI_SOCKADDR_IN : FI_SOCKADDR_IN6;
   }
+  if (transport != "tcp" && !address.empty()) hints->domain_attr->name = ::strdup(address.c_str());
   hints->fabric_attr->prov_name = ::strdup(provider.c_str());
   return hints;
 }
@@ -92,6 +97,43 @@ bool has_rdma_device() {
   std::error_code error;
   std::filesystem::directory_iterator devices("/sys/class/infiniband", error);
   return !error && devices != std::filesystem::directory_iterator();
+}
+
+Result<std::vector<std::string>> choose_devices(const std::string& transport, uint32_t rails) {
+  const Topology topology = Topology::read();
+  RailOptions options;
+  options.transport = transport;
+  options.max_rails = rails;
+  Result<RailChoice> choice = choose_rails(topology, Place::unknown(), options);
+  if (!choice.ok()) {
+    // A container may hide the tree that the choice is made by; libfabric may still find a device.
+    log_info("transfer: no choice of {} devices by topology: {}", transport, choice.status().message());
+    return std::vector<std::string>{std::string()};
+  }
+  log_info("transfer: {}", choice->describe());
+  std::vector<std::string> names;
+  for (const std::string& device : choice->names()) {
+    // libfabric calls EFA's domains "rdmap79s0-rdm", verbs' by the device.
+    names.push_back(transport == "efa" ? device + "-rdm" : device);
+  }
+  return names;
+}
+
+Result<std::vector<std::string>> local_addresses(const std::string& wanted) {
+  constexpr size_t kMaxRails = 64;
+  std::vector<std::string> addresses;
+  std::string_view rest = wanted;
+  do {
+    const size_t comma = rest.find(',');
+    BATON_ASSIGN_OR_RETURN(std::string address, local_address(std::string(rest.substr(0, comma))));
+    if (std::find(addresses.begin(), addresses.end(), address) != addresses.end()) {
+      return invalid_argument("bind address {} is named twice", address);
+    }
+    addresses.push_back(std::move(address));
+    rest = comma == std::string_view::npos ? std::string_view() : rest.substr(comma + 1);
+  } while (!rest.empty() && addresses.size() < kMaxRails);
+  if (!rest.empty()) return invalid_argument("more than {} bind addresses", kMaxRails);
+  return addresses;
 }
 
 Result<std::string> local_address(const std::string& wanted) {

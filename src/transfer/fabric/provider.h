@@ -2,6 +2,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/status.h"
 #include "transfer/fabric/handles.h"
@@ -30,11 +31,19 @@ class OpenObserver {
 };
 inline OpenObserver* open_observer = nullptr;
 
-/// Asks libfabric for reliable datagram endpoints with remote writes. `address`: the local IP (tcp only).
+/// Asks libfabric for reliable datagram endpoints with remote writes. `address`: the local IP (tcp), else the name of the
+/// device (empty: the first).
 Result<Provider> find_provider(const std::string& transport, const std::string& address);
 
 /// Is there a device at all? Cheap (sysfs), where fi_getinfo loads every provider's libraries.
 bool has_rdma_device();
+
+/// The devices (libfabric's domain names) that an agent opens for "efa" or "verbs": `rails` of them, or what the topology
+/// suggests when that is 0; the choice and what it will cost are logged.
+Result<std::vector<std::string>> choose_devices(const std::string& transport, uint32_t rails);
+
+/// The addresses of a list such as "10.0.0.1,10.0.1.1", one tcp rail each, or that of local_address() when it is empty.
+Result<std::vector<std::string>> local_addresses(const std::string& wanted);
 
 /// The IP that other hosts reach this one at: `wanted` if it is one, else the first address of an
 /// interface that is up, IPv4 before IPv6, loopback last.

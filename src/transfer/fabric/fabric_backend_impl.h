@@ -1,0 +1,109 @@
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "transfer/backend.h"
+#include "transfer/control.h"
+#include "transfer/fabric/fabric_link.h"
+#include "transfer/fabric/rail.h"
+
+namespace baton::transfer::fabric {
+
+/// All rails of one libfabric transport. Under the agent's lock.
+class FabricBackend final : public Backend, private ControlPlane::Delegate {
+ public:
+  FabricBackend(std::shared_ptr<BackendContext> context, std::string transport);
+  ~FabricBackend() override;
+  Status open(bool open_now);
+
+  const std::string& transport() const override { return transport_; }
+  const std::string& provider() const override { return provider_name_; }
+  uint32_t rails() const override { return static_cast<uint32_t>(addresses_.size()); }
+  const BackendLimits& limits() const override { return limits_; }
+  std::string describe() const override;
+  Result<std::unique_ptr<BackendRegion>> register_memory(std::span<std::byte> memory, MemoryKind kind) override;
+  std::string address() const override { return control_->address(); }
+  Result<std::unique_ptr<Link>> open_link(const Metadata& peer, const Metadata::Offer& offer) override;
+  Status fence(Epoch peer, uint64_t serial) override { return control_->fence(peer, serial); }
+  size_t progress(BackendEvents& events) override;
+  int64_t prepare_wait(std::vector<pollfd>& fds) override;
+  uint64_t inbound_peers() const override { return control_->inbound(); }
+
+ private:
+  friend class FabricLink;
+
+  /// One rail of a writer: where its messages come in. With several rails each has a queue of its own, so that it is known
+  /// how many came over which.
+  struct InboundRail {
+    CompletionQueueHandle queue;  // null: the rail's
+    EndpointHandle endpoint;      // null: the rail's shared one
+    uint64_t arrived = 0;
+  };
+  struct Inbound {
+    std::string name;
+    std::vector<InboundRail> rails;
+  };
+  struct Done {
+    FabricLink* link;
+    uint64_t cookie;
+    Status status;
+  };
+
+  Status ensure_open();
+  Status open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address);
+  bool drain(fid_cq* queue, uint64_t* arrived);
+  bool drain_all();
+  void complete(Operation* operation, const Status& status);
+  void read_error(fid_cq* queue);
+  void recycle_orphans(size_t count);
+
+  // ControlPlane::Delegate
+  Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override;
+  void on_inbound_closed(ControlPlane::Id id) override;
+  void on_inbound_arrived(ControlPlane::Id, const Arrival&) override {}
+  void on_inbound_rail(ControlPlane::Id id, const RailNote& note) override;
+  void on_outbound_rail(ControlPlane::Id id, const RailNote& note) override;
+  void on_welcome(ControlPlane::Id id, Welcome welcome) override;
+  void on_outbound_closed(ControlPlane::Id id, const Status& why) override;
+
+  // For FabricLink.
+  Operation* take_operation();
+  void release(Operation* operation);
+  void orphan(Operation* operation);
+  void report(FabricLink& link, uint64_t cookie, const Status& status) { done_.push_back({&link, cookie, status}); }
+  void report_failure(FabricLink& link, const Status& status);
+  void forget(FabricLink& link);
+  bool send_note(ControlPlane::Id id, const RailNote& note) { return control_->send_rail_note(id, note); }
+  void count_rail_failure() { ++rail_failures_; }
+  RailWindow rail_window() const { return {context_->config.max_inflight_per_rail, kRailBytes}; }
+  int64_t now_ns() const { return context_->clock->now_ns(); }
+  const std::string& agent_name() const { return context_->agent_name; }
+
+  static constexpr uint64_t kRailBytes = 32u << 20;
+
+  std::shared_ptr<BackendContext> context_;
+  const std::string transport_;
+  std::string provider_name_;
+  std::vector<std::string> addresses_;  // of the rails: IPs (tcp) or domain names
+  BackendLimits limits_;
+  std::unique_ptr<ControlPlane> control_;
+  std::vector<std::shared_ptr<Rail>> rails_;  // empty until something needs them
+  std::unordered_map<ControlPlane::Id, Inbound> inbound_;
+  std::unordered_map<ControlPlane::Id, FabricLink*> links_;
+  std::deque<Operation> operations_;
+  std::vector<Operation*> free_operations_;
+  std::vector<Operation*> orphans_;  // of endpoints that were closed before their completions were read
+  std::vector<uint32_t> arrivals_;
+  std::vector<Done> done_;
+  std::vector<std::pair<FabricLink*, Status>> failed_;
+  bool queue_empty_ = true;
+  int64_t last_event_ns_ = 0;
+  uint64_t rail_failures_ = 0;
+};
+
+}  // namespace baton::transfer::fabric

@@ -1,0 +1,279 @@
+#include "transfer/fabric/fabric_link.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "transfer/fabric/fabric_backend_impl.h"
+
+namespace baton::transfer::fabric {
+namespace {
+
+constexpr int64_t kFirstRetryNs = 1'000'000'000;
+constexpr int64_t kLongestRetryNs = 8'000'000'000;
+
+}  // namespace
+
+FabricLink::FabricLink(FabricBackend& backend, ControlPlane::Id id, std::string peer_name)
+    : backend_(backend), id_(id), peer_name_(std::move(peer_name)) {}
+
+FabricLink::~FabricLink() {
+  for (uint32_t i = 0; i < paths_.size(); ++i) {
+    Path& path = paths_[i];
+    release_outstanding(path, nullptr);
+    // The endpoint first: the peer may reuse its memory as soon as the control connection is closed.
+    path.own_endpoint.reset();
+    rail(i).remove_address(path.address);
+  }
+  backend_.forget(*this);
+}
+
+bool FabricLink::closable() const {
+  return outstanding_ == 0 || backend_.rails_.front()->provider().endpoint_per_peer;
+}
+
+bool FabricLink::can_fail_over() const {
+  return paths_.size() > 1 && backend_.rails_.front()->provider().endpoint_per_peer;
+}
+
+Rail& FabricLink::rail(uint32_t index) const { return *backend_.rails_[index]; }
+
+Status FabricLink::open(const Welcome& welcome) {
+  const size_t count = std::min(welcome.rails.size(), backend_.rails_.size());
+  if (count == 0) return invalid_argument("'{}' offers no rail", peer_name_);
+  paths_.resize(count);
+  states_.resize(count);
+  for (const Welcome::Pool& pool : welcome.pools) {
+    if (pool.rail < count) paths_[pool.rail].pools[pool.id] = {pool.base, pool.key};
+  }
+  for (uint32_t i = 0; i < count; ++i) {
+    Status status = open_path(i, welcome.rails[i]);
+    if (!status.ok()) {
+      paths_.clear();
+      return status.with_context(fmt::format("rail {} to '{}'", i, peer_name_));
+    }
+  }
+  return {};
+}
+
+Status FabricLink::open_path(uint32_t index, const std::string& address) {
+  Path& path = paths_[index];
+  if (rail(index).provider().endpoint_per_peer) {
+    BATON_ASSIGN_OR_RETURN(path.own_endpoint, rail(index).open_endpoint(rail(index).queue()));
+  }
+  BATON_ASSIGN_OR_RETURN(path.address, rail(index).add_address(address));
+  path.endpoint = path.own_endpoint ? path.own_endpoint.get() : rail(index).shared_endpoint();
+  path.next_sequence = 0;
+  path.phase = Phase::kUp;
+  states_[index].usable = true;
+  return {};
+}
+
+Result<PostResult> FabricLink::post(const BackendMessage& message) {
+  if (!ready()) return PostResult::kAgain;
+  if (!paths_.front().pools.contains(message.remote_pool)) {
+    return failed_precondition("'{}' did not open pool {} for {}", peer_name_, message.remote_pool, backend_.transport());
+  }
+  HeldMessage held;
+  BATON_CHECK(!message.segments.empty() && message.segments.size() <= HeldMessage::kMaxSegments);
+  std::copy(message.segments.begin(), message.segments.end(), held.segments);
+  held.segment_count = static_cast<uint32_t>(message.segments.size());
+  held.bytes = message.bytes;
+  held.local = static_cast<const FabricRegion*>(message.local);
+  held.remote_pool = message.remote_pool;
+  held.tag = message.tag;
+  held.cookie = message.cookie;
+  if (!again_.empty()) return PostResult::kFull;  // those have waited longer
+  return post_somewhere(held);
+}
+
+Result<PostResult> FabricLink::post_somewhere(const HeldMessage& message) {
+  if (paths_.size() == 1) return post_on(0, message);
+  while (true) {
+    std::optional<uint32_t> best = choose_rail(states_, message.bytes, backend_.rail_window());
+    if (!best) return PostResult::kFull;
+    Result<PostResult> result = post_on(*best, message);
+    if (result.ok() || !can_fail_over()) return result;
+    fail_rail(*best, result.status(), nullptr);
+  }
+}
+
+Result<PostResult> FabricLink::post_on(uint32_t index, const HeldMessage& message) {
+  Path& path = paths_[index];
+  auto pool = path.pools.find(message.remote_pool);
+  if (pool == path.pools.end()) {
+    return failed_precondition("'{}' did not open pool {} on rail {}", peer_name_, message.remote_pool, index);
+  }
+  const FabricRegion::OnRail& local_region = message.local->rails[index];
+  iovec local[HeldMessage::kMaxSegments];
+  fi_rma_iov remote[HeldMessage::kMaxSegments];
+  void* descriptors[HeldMessage::kMaxSegments];
+  for (size_t i = 0; i < message.segment_count; ++i) {
+    const Segment& segment = message.segments[i];
+    local[i] = {message.local->data + segment.local_offset, segment.bytes};
+    remote[i] = {pool->second.base + segment.remote_offset, segment.bytes, pool->second.key};
+    descriptors[i] = local_region.descriptor;
+  }
+  Operation* operation = backend_.take_operation();
+  operation->link = this;
+  operation->rail = index;
+  operation->message = message;
+  fi_msg_rma write{};
+  write.msg_iov = local;
+  write.desc = descriptors;
+  write.iov_count = message.segment_count;
+  write.addr = path.address;
+  write.rma_iov = remote;
+  write.rma_iov_count = message.segment_count;
+  write.context = &operation->context;
+  write.data = static_cast<uint32_t>(message.tag);
+  uint64_t flags = FI_COMPLETION;
+  if (rail(index).provider().delivery_complete) flags |= FI_DELIVERY_COMPLETE;
+  if (message.tag != Tag::kNone) flags |= FI_REMOTE_CQ_DATA;
+  ssize_t ret = fi_writemsg(path.endpoint, &write, flags);
+  if (ret != 0) {
+    backend_.release(operation);
+    if (ret == -FI_EAGAIN) return PostResult::kAgain;
+    return unavailable("fi_writemsg on rail {}: {}", index, fi_strerror(static_cast<int>(-ret)));
+  }
+  operation->message.sequence = message.tag != Tag::kNone ? path.next_sequence++ : HeldMessage::kUncounted;
+  path.outstanding.push_back(operation);
+  states_[index].meter.posted(message.bytes, backend_.now_ns());
+  ++outstanding_;
+  return PostResult::kPosted;
+}
+
+void FabricLink::on_completed(Operation& operation, const Status& status) {
+  const uint32_t index = operation.rail;
+  if (!status.ok() && can_fail_over()) {
+    fail_rail(index, status, &operation);
+    return;
+  }
+  Path& path = paths_[index];
+  auto it = std::find(path.outstanding.begin(), path.outstanding.end(), &operation);
+  BATON_CHECK(it != path.outstanding.end());
+  path.outstanding.erase(it);
+  --outstanding_;
+  RailState& state = states_[index];
+  state.meter.delivered(status.ok() ? operation.message.bytes : 0, backend_.now_ns());
+  if (status.ok() && state.probing) {
+    state.probing = false;
+    path.backoff_ns = 0;
+    log_info("transfer {}: rail {} ({}) to '{}' works again", backend_.agent_name(), index, rail(index).config().address,
+             peer_name_);
+  }
+  backend_.report(*this, operation.message.cookie, status);
+}
+
+void FabricLink::release_outstanding(Path& path, const Operation* completed) {
+  for (Operation* operation : path.outstanding) {
+    --outstanding_;
+    if (operation != completed) backend_.orphan(operation);
+  }
+  path.outstanding.clear();
+}
+
+void FabricLink::fail_rail(uint32_t index, const Status& why, const Operation* completed) {
+  Path& path = paths_[index];
+  if (path.phase != Phase::kUp) return;
+  for (const Operation* operation : path.outstanding) path.held.push_back(operation->message);
+  log_warning("transfer {}: rail {} ({}) to '{}' is out: {}; {} messages move to {} other rails", backend_.agent_name(), index,
+              rail(index).config().address, peer_name_, why.to_string(), path.held.size(),
+              std::count_if(states_.begin(), states_.end(), [](const RailState& state) { return state.usable; }) - 1);
+  release_outstanding(path, completed);
+  path.own_endpoint.reset();
+  rail(index).remove_address(std::exchange(path.address, FI_ADDR_UNSPEC));
+  path.endpoint = nullptr;
+  path.phase = Phase::kAsking;
+  states_[index].usable = false;
+  states_[index].probing = false;
+  states_[index].meter.reset();
+  backend_.count_rail_failure();
+  RailNote note{RailNote::Kind::kDown, static_cast<uint16_t>(index), path.generation, 0, {}};
+  if (!backend_.send_note(id_, note)) backend_.report_failure(*this, unavailable("the control connection is gone"));
+}
+
+void FabricLink::on_note(const RailNote& note) {
+  if (note.rail >= paths_.size()) return;
+  Path& path = paths_[note.rail];
+  if (note.generation != path.generation) return;  // of an earlier life of the rail
+  const int64_t now_ns = backend_.now_ns();
+  const auto retry_later = [&] {
+    path.phase = Phase::kDown;
+    path.backoff_ns = path.backoff_ns == 0 ? kFirstRetryNs : std::min(2 * path.backoff_ns, kLongestRetryNs);
+    path.retry_at_ns = now_ns + path.backoff_ns;
+  };
+  if (note.kind == RailNote::Kind::kCount && path.phase == Phase::kAsking) {
+    if (note.count > path.next_sequence) {
+      backend_.report_failure(*this, invalid_argument("'{}' counted {} messages on rail {}, {} were sent", peer_name_,
+                                                      note.count, note.rail, path.next_sequence));
+      return;
+    }
+    for (const HeldMessage& message : std::exchange(path.held, {})) {
+      if (message.sequence < note.count) {
+        backend_.report(*this, message.cookie, Status());
+      } else {
+        again_.push_back(message);
+      }
+    }
+    retry_later();
+  } else if (note.kind == RailNote::Kind::kReady && path.phase == Phase::kReopening) {
+    Status opened = note.address.empty() ? unavailable("the peer could not open it") : open_path(note.rail, note.address);
+    if (opened.ok()) {
+      states_[note.rail].probing = true;
+    } else {
+      log_debug("transfer {}: rail {} to '{}': {}", backend_.agent_name(), note.rail, peer_name_, opened.to_string());
+      retry_later();
+    }
+  }
+}
+
+bool FabricLink::wants_tick() const {
+  if (!can_fail_over() || dead_) return false;
+  return outstanding_ > 0 || !again_.empty() ||
+         std::any_of(paths_.begin(), paths_.end(), [](const Path& path) { return path.phase != Phase::kUp; });
+}
+
+size_t FabricLink::tick(int64_t now_ns) {
+  if (!can_fail_over() || dead_) return 0;
+  size_t count = 0;
+  if (std::optional<uint32_t> stalled = find_stalled_rail(states_, now_ns)) {
+    fail_rail(*stalled, deadline_exceeded("nothing came back for {} ms while other rails work",
+                                          (now_ns - states_[*stalled].meter.last_sign_ns()) / 1'000'000), nullptr);
+    ++count;
+  }
+  while (!again_.empty()) {
+    Result<PostResult> result = post_somewhere(again_.front());
+    if (!result.ok()) {
+      backend_.report_failure(*this, result.status());
+      break;
+    }
+    if (*result != PostResult::kPosted) break;
+    again_.pop_front();
+    ++count;
+  }
+  for (uint32_t i = 0; i < paths_.size(); ++i) {
+    Path& path = paths_[i];
+    if (path.phase != Phase::kDown || now_ns < path.retry_at_ns) continue;
+    path.phase = Phase::kReopening;
+    RailNote note{RailNote::Kind::kOpen, static_cast<uint16_t>(i), ++path.generation, 0, {}};
+    if (!backend_.send_note(id_, note)) backend_.report_failure(*this, unavailable("the control connection is gone"));
+    ++count;
+  }
+  return count;
+}
+
+std::string FabricLink::describe() const {
+  std::string text;
+  for (uint32_t i = 0; i < paths_.size(); ++i) {
+    if (i > 0) text += ", ";
+    const RailState& state = states_[i];
+    text += fmt::format("{} {}", rail(i).config().address.empty() ? fmt::format("rail {}", i) : rail(i).config().address,
+                        !state.usable ? std::string("down")
+                                      : fmt::format("{:.0f} MB/s, {:.1f} MB", state.meter.bytes_per_s() * 1e-6,
+                                                    static_cast<double>(state.meter.delivered_bytes()) * 1e-6));
+  }
+  return text;
+}
+
+}  // namespace baton::transfer::fabric

@@ -1,0 +1,99 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "transfer/backend.h"
+#include "transfer/control.h"
+#include "transfer/fabric/rail.h"
+#include "transfer/fabric/rail_schedule.h"
+
+namespace baton::transfer::fabric {
+
+class FabricBackend;
+
+/// The outgoing half of a pair: one endpoint per rail, and what is under way on each.
+///
+/// **When one of several rails fails** (an error, or silence while another one works), what was under way on it has arrived
+/// or not, and the receiver counts messages: one that is sent again although it had arrived would be counted twice, and the
+/// transfer would seem complete while another message is still missing. So:
+///
+///   writer                                         owner of the memory
+///   closes its endpoint of the rail
+///   Rail{down}                              --->   closes its own, empties its queue: nothing comes after this
+///                                           <---   Rail{count}: so many counted messages came in over it
+///   the first `count` that it posted are
+///   done; it posts the others on other rails
+///   some time later: Rail{open}             --->   opens a new endpoint
+///                                           <---   Rail{ready, address}: one message at a time until one has arrived
+///
+/// This needs a rail that delivers in the order of posting, and an endpoint per peer: tcp. EFA and verbs have neither; there a
+/// rail's error ends the pair.
+class FabricLink final : public Link {
+ public:
+  FabricLink(FabricBackend& backend, ControlPlane::Id id, std::string peer_name);
+  ~FabricLink() override;
+
+  Result<PostResult> post(const BackendMessage& message) override;
+  bool ready() const override { return !paths_.empty() && !dead_; }
+  bool late_writes_possible() const override { return true; }
+  bool closable() const override;
+
+  /// The owner has let us in: opens the endpoints.
+  Status open(const Welcome& welcome);
+  void on_note(const RailNote& note);
+  void on_completed(Operation& operation, const Status& status);
+  /// What time brings: rails that stand still, rails to try again, messages to post again. Returns how much happened.
+  size_t tick(int64_t now_ns);
+  /// False: tick() need not be called for a while.
+  bool wants_tick() const;
+  void die() { dead_ = true; }
+
+  const std::string& peer_name() const { return peer_name_; }
+  ControlPlane::Id id() const { return id_; }
+  /// "10.0.0.1 118 MB/s, 10.0.1.1 down"
+  std::string describe() const;
+
+ private:
+  enum class Phase : uint8_t { kUp, kAsking, kDown, kReopening };
+  struct RemotePool {
+    uint64_t base = 0;
+    uint64_t key = 0;
+  };
+  struct Path {
+    EndpointHandle own_endpoint;
+    fid_ep* endpoint = nullptr;
+    fi_addr_t address = FI_ADDR_UNSPEC;
+    std::unordered_map<uint32_t, RemotePool> pools;
+    Phase phase = Phase::kUp;
+    uint32_t generation = 0;
+    uint64_t next_sequence = 0;            // of counted messages
+    std::deque<Operation*> outstanding;    // in the order of posting
+    std::vector<HeldMessage> held;         // until the owner has said how many arrived
+    int64_t retry_at_ns = 0;
+    int64_t backoff_ns = 0;
+  };
+
+  bool can_fail_over() const;
+  Rail& rail(uint32_t index) const;
+  Status open_path(uint32_t index, const std::string& address);
+  Result<PostResult> post_on(uint32_t index, const HeldMessage& message);
+  /// On the rail that is best now. kFull: none has room.
+  Result<PostResult> post_somewhere(const HeldMessage& message);
+  void fail_rail(uint32_t index, const Status& why, const Operation* completed);
+  void release_outstanding(Path& path, const Operation* completed);
+
+  FabricBackend& backend_;
+  const ControlPlane::Id id_;
+  const std::string peer_name_;
+  bool dead_ = false;
+  std::vector<Path> paths_;          // by rail
+  std::vector<RailState> states_;    // the same, as the schedule sees them
+  std::deque<HeldMessage> again_;    // to be posted again
+  size_t outstanding_ = 0;
+};
+
+}  // namespace baton::transfer::fabric
