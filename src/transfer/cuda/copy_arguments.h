@@ -8,7 +8,7 @@ namespace baton::transfer::cuda {
 inline constexpr char kCopyKernelName[] = "baton_transfer_copy";
 inline constexpr uint32_t kCopyThreads = 512;
 /// So many pieces travel with the launch itself; longer lists are read from mapped host memory.
-inline constexpr uint32_t kInlinePieces = 64;
+inline constexpr uint32_t kInlinePieces = 8;
 
 struct Piece {
   uint64_t source_offset;

@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "base/random.h"
 #include "transfer/cuda/copy_engine.h"
+#include "transfer/cuda/staging.h"
 #include "transfer/cuda/testing/pool_memory.h"
 #include "transfer/include/baton/transfer.h"
 
@@ -100,6 +101,47 @@ TEST_F(Cuda, MoreListsThanThereAreWait) {
   EXPECT_GT(refused, 0);
   EXPECT_EQ(engine->drain(), Status());
   EXPECT_TRUE(engine->idle());
+}
+
+TEST_F(Cuda, StagingGathersAndScattersThroughABoundedRing) {
+  StagingRing::Options options{.slots = 3, .slot_bytes = 64 << 10, .max_ctas = 2};
+  PoolMemory from(1u << 20, "cuda_ipc", 0), to(1u << 20, "cuda_ipc", 1);  // outlive what reads them
+  auto out = std::move(*StagingRing::create(device_, options));
+  auto in = std::move(*StagingRing::create(*Device::open(driver_, 1), options));
+  Random random(3);
+  for (std::byte& byte : from) byte = static_cast<std::byte>(random());
+  std::vector<std::byte> expected(to.size());
+  for (uint32_t round = 0; round < 20; ++round) {
+    std::vector<Segment> pieces;
+    for (uint64_t i = 0; i < 12; ++i) {
+      Segment piece{((i * 7 + round) % 200) * 5000, (round * 12 + i) * 4096, 1 + (i * 997 + round) % 4096};
+      std::memcpy(expected.data() + piece.remote_offset, from.data() + piece.local_offset, piece.bytes);
+      pieces.push_back(piece);
+    }
+    auto filled = out->gather(reinterpret_cast<CUdeviceptr>(from.data()), pieces);
+    ASSERT_TRUE(filled.ok() && filled->has_value());
+    while (!out->ended(**filled)) std::this_thread::yield();
+    std::optional<uint32_t> slot = in->acquire();
+    ASSERT_TRUE(slot.has_value());
+    std::memcpy(in->bytes(*slot).data(), out->bytes(**filled).data(), options.slot_bytes);  // the network
+    out->release(**filled);
+    Result<bool> started = in->scatter(*slot, reinterpret_cast<CUdeviceptr>(to.data()), pieces);
+    ASSERT_TRUE(started.ok() && *started);
+    while (!in->ended(*slot)) std::this_thread::yield();
+    in->release(*slot);
+  }
+  EXPECT_TRUE(to == expected);
+
+  std::vector<Segment> whole = {{0, 0, options.slot_bytes}};
+  for (uint32_t i = 0; i < options.slots; ++i) {
+    ASSERT_TRUE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), whole)->has_value());
+  }
+  EXPECT_FALSE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), whole)->has_value());
+  EXPECT_FALSE(out->acquire().has_value());
+  whole.push_back({0, 0, 1});
+  EXPECT_EQ(in->gather(reinterpret_cast<CUdeviceptr>(to.data()), whole).status().code(), StatusCode::kInvalidArgument);
+  EXPECT_FALSE(StagingRing::create(device_, {.slots = 0}).ok());
+  EXPECT_FALSE(StagingRing::create(device_, {.slot_bytes = 5000}).ok());
 }
 
 TEST_F(Cuda, WhatIsNotGpuMemoryIsRefusedWithAReason) {
