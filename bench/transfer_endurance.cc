@@ -62,8 +62,8 @@ struct Tenths {
   }
   /// The best of three on either side: noise hits some, a slowdown all of the later ones. (A neighbour on the same core
   /// raises CPU time, too, by half at most.)
-  bool keeps_up() const {
-    return *std::min_element(cpu_us.end() - 3, cpu_us.end()) < 1.8 * *std::min_element(cpu_us.begin(), cpu_us.begin() + 3);
+  bool keeps_up(double factor = 1.8) const {
+    return *std::min_element(cpu_us.end() - 3, cpu_us.end()) < factor * *std::min_element(cpu_us.begin(), cpu_us.begin() + 3);
   }
 };
 
@@ -193,7 +193,11 @@ bool connects(const std::string& transport, uint64_t count) {
   tenths.print();
   std::printf("    rss %.0f -> %.0f KiB, heap %.0f -> %.0f KiB (%.0f bytes each), files %zu -> %zu\n", rss, rss_after,
               heap, heap_after, each, files, open_files());
-  bool good = say(tenths.keeps_up(), "the last cost no more than the first");
+  // Nor does 1.17 take a closed endpoint off its completion queue's list (about one entry for 25 endpoints, as malloc gives
+  // out the same addresses again), which every new endpoint walks twice: half a millisecond after 10,000.
+  bool good = forgotten_bytes(transport) > 0
+                  ? say(tenths.keeps_up(3), "the last cost less than three times the first (libfabric 1.17 walks a list)")
+                  : say(tenths.keeps_up(), "the last cost no more than the first");
   good &= say(open_files() <= files, "no file stays open");
   good &= say(each < 16 + 2 * forgotten_bytes(transport), flat_text(transport));
   return good;
