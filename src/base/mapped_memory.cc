@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 namespace baton {
@@ -26,6 +27,14 @@ void* huge_page_address(uint64_t offset, size_t bytes) {
   size_t wanted = offset % kHugePage;
   size_t forward = (wanted + kHugePage - address % kHugePage) % kHugePage;
   return reinterpret_cast<void*>(address + forward);
+}
+
+/// Does shared memory get huge pages as private memory does? Also true where neither does.
+bool shared_memory_has_huge_pages() {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+  std::string modes;
+  if (!std::getline(file, modes)) return true;
+  return modes.find("[never]") == std::string::npos && modes.find("[deny]") == std::string::npos;
 }
 
 }  // namespace
@@ -61,6 +70,15 @@ Result<MappedMemory> MappedMemory::create_shared(const std::string& name, size_t
     return unavailable("sealing a memfd: {}", std::strerror(errno));
   }
   return map(std::move(fd), 0, bytes);
+}
+
+Result<MappedMemory> MappedMemory::create_for_peers(const std::string& name, size_t bytes) {
+  if (shared_memory_has_huge_pages()) {
+    Result<MappedMemory> shared = create_shared(name, bytes);
+    // A sandbox may forbid memfds; private memory is as good, only slower to write into from outside.
+    if (shared.ok() || shared.status().code() != StatusCode::kUnavailable) return shared;
+  }
+  return create_private(bytes);
 }
 
 MappedMemory::MappedMemory(MappedMemory&& other) noexcept

@@ -20,6 +20,9 @@ class MappedMemory {
   /// sealed: a process that has mapped it can never be killed by the owner making it smaller.
   static Result<MappedMemory> create_shared(const std::string& name, size_t bytes);
 
+  /// Shared where that costs nothing, else private: many kernels give shared memory no huge pages (shmem_enabled is
+  /// "never"), and for memory that is read all day those matter more than how fast others can write into it.
+  static Result<MappedMemory> create_for_peers(const std::string& name, size_t bytes);
   /// `bytes` from `offset` (a multiple of the page size) of an open file, shared with all who have mapped it.
   static Result<MappedMemory> map_shared(FileDescriptor fd, uint64_t offset, size_t bytes);
 

@@ -29,6 +29,8 @@ TEST(MappedMemory, SharedMemoryKeepsItsSize) {
 TEST(MappedMemory, MovesAndRefusesNothing) {
   EXPECT_FALSE(MappedMemory::create_private(0).ok());
   EXPECT_FALSE(MappedMemory::create_shared("test", 0).ok());
+  EXPECT_FALSE(MappedMemory::create_for_peers("test", 0).ok());
+  EXPECT_FALSE(MappedMemory::map_shared(FileDescriptor(), 0, 4096).ok());
   Result<MappedMemory> memory = MappedMemory::create_private(1 << 16);
   ASSERT_TRUE(memory.ok());
   EXPECT_EQ(memory->fd(), -1);
@@ -37,6 +39,24 @@ TEST(MappedMemory, MovesAndRefusesNothing) {
   moved.data()[0] = std::byte{1};
   moved = MappedMemory();
   EXPECT_FALSE(moved);
+}
+
+TEST(MappedMemory, APartOfAFileIsMappedWhereHugePagesCanBe) {
+  constexpr size_t kHuge = size_t{2} << 20;
+  MappedMemory memory = std::move(*MappedMemory::create_shared("test", 4 * kHuge));
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(memory.data()) % kHuge, 0u);
+  constexpr uint64_t kOffset = 12 << 12;
+  Result<MappedMemory> part = MappedMemory::map_shared(FileDescriptor(::dup(memory.fd())), kOffset, 3 * kHuge);
+  ASSERT_TRUE(part.ok()) << part.status().to_string();
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(part->data()) % kHuge, kOffset);
+  part->data()[5] = std::byte{1};
+  EXPECT_EQ(memory.data()[kOffset + 5], std::byte{1});
+}
+
+TEST(MappedMemory, ForPeersIsEitherKind) {
+  Result<MappedMemory> memory = MappedMemory::create_for_peers("test", 1 << 20);
+  ASSERT_TRUE(memory.ok()) << memory.status().to_string();
+  EXPECT_EQ(memory->data()[(1 << 20) - 1], std::byte{0});
 }
 
 }  // namespace

@@ -81,7 +81,8 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineConfig config, Model& model
   BlockLayout layout = model.layout(config.block_tokens);
   BATON_RETURN_IF_ERROR(layout.validate());
   BATON_RETURN_IF_ERROR(resolve(&config, model, layout));
-  Result<Buffer> pool = Buffer::allocate(static_cast<size_t>(config.kv_bytes));
+  // Other workers write into it.
+  Result<MappedMemory> pool = MappedMemory::create_for_peers("baton-kv", static_cast<size_t>(config.kv_bytes));
   if (!pool.ok()) {
     return pool.status().with_context(fmt::format("engine: KV pool of {} blocks", config.kv_blocks));
   }
@@ -89,7 +90,7 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineConfig config, Model& model
       std::make_unique<EngineImpl>(config, model, clock, std::move(layout), std::move(pool).value()));
 }
 
-EngineImpl::EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout, Buffer pool)
+EngineImpl::EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout, MappedMemory pool)
     : config_(config),
       model_(model),
       clock_(clock),

@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/mapped_memory.h"
 #include "engine/batch.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
@@ -19,7 +20,7 @@ namespace baton {
 class EngineImpl final : public Engine {
  public:
   /// `config` is resolved: kv_blocks and max_model_len are set. `pool` holds kv_blocks blocks of `layout`.
-  EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout, Buffer pool);
+  EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout, MappedMemory pool);
 
   Status submit(Request request) override;
   void cancel(RequestId id) override;
@@ -83,7 +84,7 @@ class EngineImpl final : public Engine {
   const Clock& clock_;
   const BlockLayout layout_;
   const int32_t max_sequences_;
-  Buffer pool_;
+  MappedMemory pool_;
   BlockPool blocks_;
   Sampler sampler_;
 
