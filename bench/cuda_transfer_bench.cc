@@ -272,55 +272,80 @@ double engine_gbps(const Gpu& from, const Gpu& to, int stride, const std::vector
   return median(rates);
 }
 
-/// Through pinned host memory, with a network in between that costs nothing: gathered by one GPU, scattered by the other
-/// from the same slots.
+/// Through pinned host memory, with a network in between that costs nothing: the receiver's ring reads the sender's slots.
 double staged_gbps(const Gpu& from, const Gpu& to, int stride, const std::vector<BlockPair>& pairs, int rounds) {
-  auto ring = StagingRing::create(from.device, {}).value();
-  auto engine = CopyEngine::create(to.device, {.max_ctas = 8}).value();
-  size_t step = std::max<size_t>(1, ring->options().slot_bytes / kStrides[stride]);
-  struct Part {
-    std::vector<Segment> gathered, scattered;
-  };
-  std::vector<Part> parts;
-  for (size_t first = 0; first < pairs.size(); first += step) {
-    Part part;
-    for (size_t i = first; i < std::min(first + step, pairs.size()); ++i) {
-      part.gathered.push_back({pairs[i].local_block * kStrides[stride], 0, kStrides[stride]});
-      part.scattered.push_back({(i - first) * kStrides[stride], pairs[i].remote_block * kStrides[stride], kStrides[stride]});
-    }
-    parts.push_back(std::move(part));
+  auto out = StagingRing::create(from.device, {}).value();
+  auto in = StagingRing::create(to.device, {}).value();
+  size_t step = std::max<size_t>(1, out->options().slot_bytes / kStrides[stride]);
+  std::vector<Segment> pieces;
+  for (const BlockPair& pair : pairs) {
+    pieces.push_back({pair.local_block * kStrides[stride], pair.remote_block * kStrides[stride], kStrides[stride]});
   }
   std::vector<double> rates;
+  constexpr int kRepeats = 4;
   for (int round = 0; round <= rounds; ++round) {
     struct Moving {
       uint32_t slot;
-      const Part* part;
-      std::optional<CopyEngine::Ticket> out;
+      std::span<const Segment> pieces;
+      std::optional<uint32_t> arriving;
     };
     std::vector<Moving> moving;
-    size_t next = 0;
+    size_t next = 0, end = pieces.size() * kRepeats;
     int64_t start = now_ns();
-    while (next < parts.size() || !moving.empty()) {
-      if (next < parts.size()) {
-        auto slot = ring->gather(from.memory.address(), parts[next].gathered).value();
-        if (slot) moving.push_back({*slot, &parts[next++], {}});
+    while (next < end || !moving.empty()) {
+      if (next < end) {
+        size_t first = next % pieces.size();
+        auto part = std::span<const Segment>(pieces).subspan(first, std::min(step, pieces.size() - first));
+        if (auto slot = out->gather(from.memory.address(), part).value()) {
+          moving.push_back({*slot, part, {}});
+          next += part.size();
+        }
       }
       for (Moving& one : moving) {
-        if (one.out || !ring->ended(one.slot)) continue;
-        auto address = reinterpret_cast<CUdeviceptr>(ring->bytes(one.slot).data());
-        one.out = engine->start(address, to.memory.address(), one.part->scattered, false).value();
+        if (one.arriving || !out->ended(one.slot)) continue;
+        std::optional<uint32_t> slot = in->acquire();
+        if (!slot) break;
+        if (in->scatter_from(*out, one.slot, *slot, to.memory.address(), one.pieces).value()) {
+          one.arriving = slot;
+        } else {
+          in->release(*slot);
+        }
       }
       std::erase_if(moving, [&](const Moving& one) {
-        bool over = one.out && engine->done(*one.out);
-        if (over) ring->release(one.slot);
-        return over;
+        if (!one.arriving || !in->ended(*one.arriving)) return false;
+        in->release(*one.arriving);
+        out->release(one.slot);
+        return true;
       });
     }
     if (round > 0) {
-      rates.push_back(static_cast<double>(pairs.size() * kStrides[stride]) / static_cast<double>(now_ns() - start));
+      rates.push_back(kRepeats * static_cast<double>(pairs.size() * kStrides[stride]) /
+                      static_cast<double>(now_ns() - start));
     }
   }
   return median(rates);
+}
+
+/// What the copy engines do between pinned host memory and a GPU.
+void print_host_limits(const Gpu& gpu) {
+  const Driver& cu = *gpu.driver;
+  PinnedMemory host = PinnedMemory::allocate(gpu.device, 256u << 20).value();
+  CurrentDevice current(*gpu.device);
+  CUstream stream = nullptr;
+  BATON_CHECK(cu.stream_create(&stream, kStreamNonBlocking, 0) == kSuccess);
+  for (bool to_host : {true, false}) {
+    std::vector<double> rates;
+    for (int round = 0; round < 6; ++round) {
+      int64_t start = now_ns();
+      CUdeviceptr to = to_host ? host.address() : gpu.memory.address();
+      CUdeviceptr from = to_host ? gpu.memory.address() : host.address();
+      BATON_CHECK(cu.copy_async(to, from, host.bytes(), stream) == kSuccess);
+      BATON_CHECK(cu.stream_synchronize(stream) == kSuccess);
+      if (round > 0) rates.push_back(static_cast<double>(host.bytes()) / static_cast<double>(now_ns() - start));
+    }
+    std::printf("%s %.1f GB/s", to_host ? "\nbulk copy into pinned host memory" : ", out of it", median(rates));
+  }
+  (void)cu.stream_destroy(stream);
 }
 
 void measure_latency(const Sender& sender, Shared* shared, Tag tag, int gpu, const char* what) {
@@ -390,6 +415,8 @@ void measure(const Options& options, Wire& wire, Shared* shared) {
       std::fflush(stdout);
     }
   }
+  print_host_limits(local_to);
+  from.upload(words);
   std::printf("\nstaged through pinned host memory (GB/s, wrong blocks):");
   for (int stride = 0; stride < kStrideCount; ++stride) {
     std::vector<BlockPair> pairs = scattered(kCounts[stride], options.pool_bytes / kStrides[stride], 8);

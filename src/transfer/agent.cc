@@ -64,6 +64,7 @@ struct AgentCore::Context final : BackendContext {
     return pool.region.impl()->with(backend);
   }
   uint64_t serial() const override { return agent_.serial_; }
+  bool has_news() const override { return agent_.work_.load(std::memory_order_relaxed); }
   void wake() override { agent_.wake(); }
 
   AgentCore& agent_;

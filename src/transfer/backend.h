@@ -108,6 +108,8 @@ struct BackendContext {
   virtual Result<const BackendRegion*> backend_region(const LocalPool& pool, class Backend& backend) = 0;
   /// The serial number that metadata() gives out now.
   virtual uint64_t serial() const = 0;
+  /// True when something was handed over that this turn of progress has not seen.
+  virtual bool has_news() const { return false; }
   /// Ends the progress thread's sleep; from any thread.
   virtual void wake() = 0;
 };

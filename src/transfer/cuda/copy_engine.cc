@@ -94,7 +94,8 @@ Status CopyEngine::drain() const {
 }
 
 Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, CUdeviceptr target,
-                                                            std::span<const Segment> pieces, bool within_device) {
+                                                            std::span<const Segment> pieces, bool within_device,
+                                                            const Bulk& first) {
   CopyArguments arguments;  // 1.6 KiB: only what is used is filled
   arguments.source = source;
   arguments.target = target;
@@ -124,6 +125,11 @@ Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, 
   }
   arguments.piece_count = static_cast<uint32_t>(entries);
   CurrentDevice current(*device_);
+  if (first.bytes > 0) {
+    BATON_RETURN_IF_ERROR(device_->driver().check(
+        device_->driver().copy_async(first.to, first.from, first.bytes, stream.handle),
+        fmt::format("cuMemcpyAsync of {} bytes on {}", first.bytes, device_->name())));
+  }
   BATON_RETURN_IF_ERROR(launch(stream, index, arguments, bytes, std::min(largest, kMaxPieceBytes), within_device));
   next_stream_ = (next_stream_ + 1) % kStreams;
   return std::optional<Ticket>(Ticket{index, stream.started});

@@ -46,11 +46,18 @@ class CopyEngine {
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
+  /// A plain copy by the GPU's copy engine, before the pieces are copied.
+  struct Bulk {
+    CUdeviceptr from;
+    CUdeviceptr to;
+    uint64_t bytes;  // 0: nothing
+  };
+
   /// Starts copying [source + local_offset, + bytes) to target + remote_offset for each of `pieces`. `within_device`:
   /// both sides are this device's memory. Nothing when all lists are taken: try again when something has ended.
   /// REQUIRES: at most kMaxListPieces pieces and kMaxListBytes in all, unless each is at most kMaxPieceBytes.
   Result<std::optional<Ticket>> start(CUdeviceptr source, CUdeviceptr target, std::span<const Segment> pieces,
-                                      bool within_device);
+                                      bool within_device, const Bulk& first = {});
   /// True once every byte is visible to the whole system: other GPUs, their kernels, this process.
   bool done(Ticket ticket) const { return finished(ticket.stream) >= ticket.sequence; }
   /// Sequences of one stream end in their order.

@@ -28,6 +28,9 @@ constexpr size_t kMaxDevices = 64;
 /// After the last event the progress thread keeps looking for so long, and only then sleeps: between the pieces of a
 /// handoff a wake-up would cost more than the copy.
 constexpr int64_t kSpinNs = 200'000;
+/// A copy of a few blocks ends within microseconds of its launch: one turn of the progress thread stays with it.
+constexpr uint64_t kSmallCopyBytes = 512u << 10;
+constexpr int64_t kSmallCopySpinNs = 12'000;
 /// How often a caller's event is looked at after that.
 constexpr int64_t kEventPollNs = 20'000;
 /// When a copy has not ended for so long the driver is asked whether the GPU still works.
@@ -75,7 +78,9 @@ struct LocalDevice {
     class CudaLink* link;
     uint64_t cookie;
     Tag tag;
+    uint64_t bytes;
   };
+  uint64_t bytes_under_way = 0;
   std::array<std::deque<Copy>, CopyEngine::kStreams> copies;  // under way, in order
   int64_t last_end_ns = 0;
   Status broken;
@@ -464,6 +469,7 @@ size_t CudaBackend::collect(LocalDevice& local, BackendEvents& events) {
       LocalDevice::Copy copy = copies.front();
       copies.pop_front();
       --copy.link->under_way_;
+      local.bytes_under_way -= copy.bytes;
       ++ended;
       // After a break nothing of it can be said to have arrived; the link's end accounts for it.
       if (local.broken.ok()) copy.link->copied_.push_back({copy.cookie, copy.tag});
@@ -486,7 +492,12 @@ size_t CudaBackend::collect(LocalDevice& local, BackendEvents& events) {
 
 size_t CudaBackend::progress(BackendEvents& events) {
   size_t count = 0;
-  for (auto& [ordinal, local] : devices_) count += collect(*local, events);
+  for (auto& [ordinal, local] : devices_) {
+    count += collect(*local, events);
+    if (count > 0 || local->bytes_under_way == 0 || local->bytes_under_way > kSmallCopyBytes) continue;
+    int64_t until_ns = context_->clock->now_ns() + kSmallCopySpinNs;
+    while (count == 0 && !context_->has_news() && context_->clock->now_ns() < until_ns) count += collect(*local, events);
+  }
   // A completion may make the agent close its link, so take them out first.
   std::vector<std::pair<CudaLink*, uint64_t>> done;
   for (auto& [id, link] : links_) {
@@ -571,7 +582,8 @@ Result<PostResult> CudaLink::post(const BackendMessage& message) {
   if (!ticket) return PostResult::kAgain;
   bool was_idle = std::all_of(local.copies.begin(), local.copies.end(), [](const auto& one) { return one.empty(); });
   if (was_idle) local.last_end_ns = backend_.context_->clock->now_ns();
-  local.copies[ticket->stream].push_back({ticket->sequence, this, message.cookie, message.tag});
+  local.copies[ticket->stream].push_back({ticket->sequence, this, message.cookie, message.tag, message.bytes});
+  local.bytes_under_way += message.bytes;
   ++under_way_;
   return PostResult::kPosted;
 }

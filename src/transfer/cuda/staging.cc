@@ -17,9 +17,10 @@ Result<std::unique_ptr<StagingRing>> StagingRing::create(std::shared_ptr<const D
   BATON_RETURN_IF_ERROR(options.validate());
   std::unique_ptr<StagingRing> ring(new StagingRing(options));
   BATON_ASSIGN_OR_RETURN(ring->memory_, PinnedMemory::allocate(device, options.slots * options.slot_bytes));
+  BATON_ASSIGN_OR_RETURN(ring->arrived_, DeviceMemory::allocate(device, options.slots * options.slot_bytes));
   BATON_ASSIGN_OR_RETURN(ring->engine_, CopyEngine::create(device, {.max_ctas = options.max_ctas}));
   for (uint32_t slot = options.slots; slot > 0; --slot) ring->free_.push_back(slot - 1);
-  ring->scratch_.reserve(CopyEngine::kMaxListPieces);
+  ring->laid_out_.reserve(CopyEngine::kMaxListPieces);
   return ring;
 }
 
@@ -39,41 +40,51 @@ void StagingRing::release(uint32_t slot) {
 
 bool StagingRing::ended(uint32_t slot) const { return engine_->done(slots_[slot].copy); }
 
-Result<std::optional<uint32_t>> StagingRing::gather(CUdeviceptr source, std::span<const Segment> pieces) {
-  std::optional<uint32_t> slot = acquire();
-  if (!slot) return slot;
-  Result<bool> started = start(*slot, source, pieces, true);
-  if (started.ok() && *started) return slot;
-  release(*slot);
-  if (!started.ok()) return started.status();
-  return std::optional<uint32_t>();
-}
-
-Result<bool> StagingRing::scatter(uint32_t slot, CUdeviceptr target, std::span<const Segment> pieces) {
-  BATON_CHECK(slots_[slot].taken && ended(slot)) << "slot " << slot << " is free or in use";
-  return start(slot, target, pieces, false);
-}
-
-Result<bool> StagingRing::start(uint32_t slot, CUdeviceptr device_memory, std::span<const Segment> pieces,
-                                bool gathers) {
+Status StagingRing::lay_out(std::span<const Segment> pieces, bool gathers) {
   if (pieces.size() > CopyEngine::kMaxListPieces) {
     return invalid_argument("{} pieces for one staging slot, {} are possible", pieces.size(),
                             CopyEngine::kMaxListPieces);
   }
-  scratch_.clear();
+  laid_out_.clear();
   uint64_t at = 0;
   for (const Segment& piece : pieces) {
     if (piece.bytes > options_.slot_bytes - at) {
       return invalid_argument("the pieces do not fit into a staging slot of {} bytes", options_.slot_bytes);
     }
-    scratch_.push_back(gathers ? Segment{piece.local_offset, at, piece.bytes}
-                               : Segment{at, piece.remote_offset, piece.bytes});
+    laid_out_.push_back(gathers ? Segment{piece.local_offset, at, piece.bytes}
+                                : Segment{at, piece.remote_offset, piece.bytes});
     at += piece.bytes;
   }
-  CUdeviceptr staged = memory_.address() + slot * options_.slot_bytes;
+  laid_out_bytes_ = at;
+  return Status();
+}
+
+Result<std::optional<uint32_t>> StagingRing::gather(CUdeviceptr source, std::span<const Segment> pieces) {
+  BATON_RETURN_IF_ERROR(lay_out(pieces, true));
+  std::optional<uint32_t> slot = acquire();
+  if (!slot) return slot;
+  Result<std::optional<CopyEngine::Ticket>> ticket = engine_->start(source, address(*slot), laid_out_, false);
+  if (ticket.ok() && *ticket) {
+    slots_[*slot].copy = **ticket;
+    return slot;
+  }
+  release(*slot);
+  if (!ticket.ok()) return ticket.status();
+  return std::optional<uint32_t>();
+}
+
+Result<bool> StagingRing::scatter(uint32_t slot, CUdeviceptr target, std::span<const Segment> pieces) {
+  return scatter_from(*this, slot, slot, target, pieces);
+}
+
+Result<bool> StagingRing::scatter_from(const StagingRing& other, uint32_t other_slot, uint32_t slot, CUdeviceptr target,
+                                       std::span<const Segment> pieces) {
+  BATON_CHECK(slots_[slot].taken && ended(slot)) << "slot " << slot << " is free or in use";
+  BATON_RETURN_IF_ERROR(lay_out(pieces, false));
+  CUdeviceptr on_device = arrived_.address() + slot * options_.slot_bytes;
   BATON_ASSIGN_OR_RETURN(std::optional<CopyEngine::Ticket> ticket,
-                         engine_->start(gathers ? device_memory : staged, gathers ? staged : device_memory, scratch_,
-                                        false));
+                         engine_->start(on_device, target, laid_out_, true,
+                                        {other.address(other_slot), on_device, laid_out_bytes_}));
   if (!ticket) return false;
   slots_[slot].copy = *ticket;
   return true;

@@ -18,15 +18,16 @@ namespace baton::transfer::cuda {
 ///   sender:   gather() -> ended() -> [transport reads bytes(slot)] -> release()
 ///   receiver: acquire() -> [transport writes bytes(slot)] -> scatter() -> ended() -> release()
 ///
-/// PCIe is the limit (52 GB/s gathering and 51 scattering on an H200, for any size of block), and four thread blocks
-/// reach it: the rest of the GPU computes on.
+/// PCIe is the limit. Gathering, the kernel writes straight into host memory (52 of 55 GB/s on an H200 for any size of
+/// block, and four thread blocks reach it: the rest of the GPU computes on). Scattering, the copy engine brings the slot
+/// into device memory first, because kernels read host memory more slowly than that.
 ///
-/// Bounded: slots x slot_bytes of pinned memory, nothing else. Not thread-safe. Its destructor waits for the GPU.
+/// Bounded: slots x slot_bytes of pinned memory and as much device memory, nothing else. Not thread-safe. Its destructor waits for the GPU.
 class StagingRing {
  public:
   struct Options {
-    uint32_t slots = 8;
-    uint64_t slot_bytes = 4u << 20;
+    uint32_t slots = 16;
+    uint64_t slot_bytes = 2u << 20;
     uint32_t max_ctas = 8;
     Status validate() const;
   };
@@ -43,6 +44,9 @@ class StagingRing {
   /// Starts taking a slot's bytes apart again: to target + remote_offset, in the order of the pieces. False when the
   /// GPU has too much under way: try again.
   Result<bool> scatter(uint32_t slot, CUdeviceptr target, std::span<const Segment> pieces);
+  /// The same with bytes that lie in a slot of another ring of this process.
+  Result<bool> scatter_from(const StagingRing& other, uint32_t other_slot, uint32_t slot, CUdeviceptr target,
+                            std::span<const Segment> pieces);
   /// True when what was started for the slot has ended and can be seen by everybody.
   bool ended(uint32_t slot) const;
   /// See CopyEngine::health().
@@ -57,7 +61,8 @@ class StagingRing {
 
  private:
   StagingRing(Options options) : options_(options), slots_(options.slots) {}
-  Result<bool> start(uint32_t slot, CUdeviceptr device_memory, std::span<const Segment> pieces, bool gathers);
+  Status lay_out(std::span<const Segment> pieces, bool gathers);
+  CUdeviceptr address(uint32_t slot) const { return memory_.address() + slot * options_.slot_bytes; }
 
   struct Slot {
     bool taken = false;
@@ -66,8 +71,10 @@ class StagingRing {
   const Options options_;
   std::vector<Slot> slots_;
   std::vector<uint32_t> free_;
-  std::vector<Segment> scratch_;
+  std::vector<Segment> laid_out_;
+  uint64_t laid_out_bytes_ = 0;
   PinnedMemory memory_;
+  DeviceMemory arrived_;  // slots on their way from host memory to their places
   std::unique_ptr<CopyEngine> engine_;  // goes first: it waits for what uses the memory
 };
 
