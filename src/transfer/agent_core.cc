@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t kCloseWaitNs = 1'000'000'000;
 /// When a backend said "not now" and has no descriptor that tells when.
 constexpr int64_t kAgainSleepNs = 500'000;
+/// It doubles up to this while nothing at all can be posted: a thousand peers that are being connected must not cost two
+/// million turns a second.
+constexpr int64_t kLongestAgainSleepNs = 4'000'000;
 
 }  // namespace
 
@@ -54,7 +57,7 @@ void AgentCore::sleep() {
       longest_ns = std::min(longest_ns, backend->prepare_wait(poll_fds_));
     }
     for (const auto& peer : busy_) {
-      if (peer->again) longest_ns = std::min(longest_ns, kAgainSleepNs);
+      if (peer->again) longest_ns = std::min(longest_ns, peer->again_sleep_ns);
     }
   }
   if (longest_ns <= 0) {
@@ -194,6 +197,8 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     if (*result == PostResult::kAgain) {
       ++retries_;
       peer.again = true;
+      peer.again_sleep_ns = posted > 0 ? kAgainSleepNs
+                                       : std::clamp(2 * peer.again_sleep_ns, kAgainSleepNs, kLongestAgainSleepNs);
       break;
     }
     peer.free_slots.pop_back();
@@ -208,7 +213,10 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     ++transfer->next_message;
     ++posted;
   }
-  if (posted > 0) peer.link->flush();
+  if (posted > 0) {
+    if (!peer.again) peer.again_sleep_ns = 0;
+    peer.link->flush();
+  }
   return posted;
 }
 

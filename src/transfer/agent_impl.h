@@ -121,6 +121,7 @@ class PeerCore {
   Status failure;  // set by an event; acted on at the end of the turn
   bool busy = false;   // in AgentCore::busy_
   bool again = false;  // the backend said "not now" last time
+  int64_t again_sleep_ns = 0;  // after which it is asked again if nothing else happens
 
   std::atomic<uint64_t> writes{0}, messages{0}, bytes{0}, failures{0}, cancelled{0};
   std::atomic<int64_t> busy_ns{0};
