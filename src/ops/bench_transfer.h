@@ -74,6 +74,7 @@ struct BenchPath {
   std::string asked, transport, provider, reason;
   double agent_ms = 0;           ///< opening the agent
   double connect_ms = 0;         ///< from connect() to the first block delivered
+  double first_pass_bytes_per_s = 0;  ///< the whole pool once: registers, maps and touches whatever it has to
   uint64_t initiator_bytes = 0;  ///< resident memory that agent, connection and one write added
   uint64_t target_bytes = 0;
   uint64_t initiator_resident_bytes = 0, target_resident_bytes = 0;  ///< whole processes at the end, pools included

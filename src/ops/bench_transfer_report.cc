@@ -43,9 +43,9 @@ std::string notifications_line(const BenchPath& path) {
 }
 
 std::string costs_line(const BenchPath& path) {
-  return fmt::format("agent opened in {:.1f} ms, first block delivered {:.1f} ms after connect(); memory added {:.1f} + {:.1f} MiB, "
+  return fmt::format("agent opened in {:.1f} ms, first block delivered {:.1f} ms after connect(), first pass over the pool {:.2f} GB/s; memory added {:.1f} + {:.1f} MiB, "
                      "resident in all {:.0f} + {:.0f} MiB (initiator + target)",
-                     path.agent_ms, path.connect_ms, mib(path.initiator_bytes), mib(path.target_bytes), mib(path.initiator_resident_bytes),
+                     path.agent_ms, path.connect_ms, gb(path.first_pass_bytes_per_s), mib(path.initiator_bytes), mib(path.target_bytes), mib(path.initiator_resident_bytes),
                      mib(path.target_resident_bytes));
 }
 
@@ -93,7 +93,8 @@ std::string bench_transfer_json(const BenchTransferResult& result) {
                                {"socket_p50_us", n.socket_p50_us}});
     }
     paths.push_back({{"asked", path.asked}, {"transport", path.transport}, {"provider", path.provider}, {"reason", path.reason},
-                     {"agent_ms", path.agent_ms}, {"connect_ms", path.connect_ms}, {"initiator_added_bytes", path.initiator_bytes},
+                     {"agent_ms", path.agent_ms}, {"connect_ms", path.connect_ms}, {"first_pass_bytes_per_s", path.first_pass_bytes_per_s},
+                     {"initiator_added_bytes", path.initiator_bytes},
                      {"target_added_bytes", path.target_bytes}, {"initiator_resident_bytes", path.initiator_resident_bytes},
                      {"target_resident_bytes", path.target_resident_bytes}, {"notifications", notifications}});
   }

@@ -135,16 +135,20 @@ Result<MappedPool> MappedPool::open(int pid, const SharedTicket& ticket) {
 void MappedPool::prepare(uint64_t offset, uint64_t bytes) {
   uint64_t first = (before_ + offset) / kExtentBytes, last = (before_ + offset + bytes - 1) / kExtentBytes;
   for (uint64_t extent = first; extent <= last; ++extent) {
-    if (!prepared_[extent]) prepare_extent(extent);
+    if (prepared_[extent]) continue;
+    uint64_t end = extent;
+    while (end < last && !prepared_[end + 1]) ++end;
+    prepare_extents(extent, end);
+    extent = end;
   }
 }
 
-void MappedPool::prepare_extent(uint64_t extent) {
-  prepared_[extent] = true;
+void MappedPool::prepare_extents(uint64_t first, uint64_t last) {
+  for (uint64_t extent = first; extent <= last; ++extent) prepared_[extent] = true;
 #ifdef MADV_POPULATE_READ
   // For reading, since the kernel then maps what lies around a page, too; in a shared mapping that is enough to write.
-  uint64_t from = extent * kExtentBytes;
-  (void)::madvise(memory_.data() + from, std::min<uint64_t>(kExtentBytes, memory_.bytes() - from), MADV_POPULATE_READ);
+  uint64_t from = first * kExtentBytes, to = std::min<uint64_t>((last + 1) * kExtentBytes, memory_.bytes());
+  (void)::madvise(memory_.data() + from, to - from, MADV_POPULATE_READ);
 #endif
 }
 

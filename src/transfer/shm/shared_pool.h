@@ -45,14 +45,15 @@ class MappedPool {
   std::byte* data() const { return memory_.data() + before_; }
   uint64_t bytes() const { return bytes_; }
   /// Maps the pages of a range that is about to be written for the first time, many with one system call instead of
-  /// one fault each. REQUIRES: the range lies in the pool.
+  /// one fault each. REQUIRES: the range lies in the pool and is not empty.
   void prepare(uint64_t offset, uint64_t bytes);
 
  private:
-  static constexpr uint64_t kExtentBytes = 2u << 20;
+  /// What the kernel maps around one read fault (fault_around_bytes).
+  static constexpr uint64_t kExtentBytes = 64u << 10;
   MappedPool(MappedMemory memory, uint64_t before, uint64_t bytes)
       : memory_(std::move(memory)), before_(before), bytes_(bytes), prepared_(memory_.bytes() / kExtentBytes + 1) {}
-  void prepare_extent(uint64_t extent);
+  void prepare_extents(uint64_t first, uint64_t last);
 
   MappedMemory memory_;
   uint64_t before_;  // of the page in front of the pool's start
