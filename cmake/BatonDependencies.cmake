@@ -4,6 +4,7 @@ find_package(Threads REQUIRED)
 find_package(PkgConfig REQUIRED)
 find_package(fmt REQUIRED)
 pkg_check_modules(LIBFABRIC REQUIRED IMPORTED_TARGET libfabric)
+pkg_check_modules(UCX ucx)  # optional
 if(BATON_TESTS)
   find_package(GTest REQUIRED)
   include(GoogleTest)

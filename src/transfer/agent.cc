@@ -14,11 +14,13 @@
 #include "transfer/fabric/fabric_backend.h"
 #include "transfer/fabric/provider.h"
 #include "transfer/shm/shm_backend.h"
+#include "transfer/ucx/ucx_backend.h"
 
 namespace baton::transfer {
 namespace {
 
-constexpr std::array<std::string_view, 7> kTransports = {"auto", "shm", "tcp", "efa", "verbs", "cuda_ipc", "sim"};
+constexpr std::array<std::string_view, 8> kTransports = {"auto", "shm", "tcp",      "efa", "verbs",
+                                                         "ucx",  "cuda_ipc", "sim"};
 
 std::string_view kind_name(MemoryKind kind) { return kind == MemoryKind::kCuda ? "GPU" : "host"; }
 
@@ -36,7 +38,8 @@ Status AgentConfig::validate() const {
   if (name.empty() || name.size() > kMaxNameBytes) {
     return invalid_argument("agent name of {} bytes; 1 to {} are possible", name.size(), kMaxNameBytes);
   }
-  if (std::find(kTransports.begin(), kTransports.end(), transport) == kTransports.end()) {
+  if (std::find(kTransports.begin(), kTransports.end(), transport) == kTransports.end() &&
+      !is_ucx_transport(transport)) {
     return invalid_argument("unknown transport '{}'; there are: {}", transport, fmt::join(kTransports, ", "));
   }
   if (max_inflight_per_rail == 0 || max_inflight_per_rail > 65536) {
@@ -102,6 +105,7 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
   }
   if (transport == "shm") return add(create_shm_backend(context_));
   if (transport == "cuda_ipc") return add(create_cuda_backend(context_));
+  if (is_ucx_transport(transport)) return add(create_ucx_backend(context_, transport));
   if (transport != "auto") return add(create_fabric_backend(context_, transport, true));
 
   // auto: what each of these can do is decided per peer, in choose_path().
@@ -110,8 +114,10 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
   }
   bool rdma = fabric::has_rdma_device();
   if (rdma) {
-    for (const char* name : {"efa", "verbs"}) {
-      Status status = add(create_fabric_backend(context_, name, true));
+    // UCX where libfabric cannot use the device: it opens every device it likes, libfabric the one that is asked for.
+    for (const char* name : {"efa", "verbs", "ucx"}) {
+      bool ucx = is_ucx_transport(name);
+      Status status = add(ucx ? create_ucx_backend(context_, name) : create_fabric_backend(context_, name, true));
       if (status.ok()) break;
       log_info("transfer {}: no {}: {}", config_.name, name, status.message());
     }

@@ -61,6 +61,12 @@ class TransferConformance : public ::testing::TestWithParam<Network> {
  protected:
   void SetUp() override {
     set_log_level(LogLevel::kError);
+    if (GetParam().transport.starts_with("ucx")) {
+      AgentConfig probe;
+      probe.transport = "ucx:tcp";
+      static const Status ucx = Agent::create(probe).status();
+      if (!ucx.ok()) GTEST_SKIP() << ucx.to_string();
+    }
     if (GetParam().transport == "sim") fabric_ = std::make_unique<SimFabric>(GetParam().sim);
   }
 
@@ -696,10 +702,12 @@ SimOptions efa_like() {
 INSTANTIATE_TEST_SUITE_P(Transports, TransferConformance,
                          ::testing::Values(Network{"sim", {}}, Network{"sim", efa_like()},
                                            Network{"shm", {}}, Network{"cuda_ipc", {}}, Network{"tcp", {}},
-                                           Network{"tcp", {}, "127.0.0.1,127.0.0.2,127.0.0.3"}),
+                                           Network{"tcp", {}, "127.0.0.1,127.0.0.2,127.0.0.3"},
+                                           Network{"ucx:tcp", {}}),
                          [](const ::testing::TestParamInfo<Network>& info) {
                            std::string name = info.param.transport + (info.param.sim.reorder ? "_like_efa" : "");
                            if (info.param.addresses.find(',') != std::string::npos) name += "_rails";
+                           std::replace(name.begin(), name.end(), ':', '_');
                            return name;
                          });
 
