@@ -326,26 +326,93 @@ double staged_gbps(const Gpu& from, const Gpu& to, int stride, const std::vector
   return median(rates);
 }
 
-/// What the copy engines do between pinned host memory and a GPU.
-void print_host_limits(const Gpu& gpu) {
-  const Driver& cu = *gpu.driver;
-  PinnedMemory host = PinnedMemory::allocate(gpu.device, 256u << 20).value();
-  CurrentDevice current(*gpu.device);
-  CUstream stream = nullptr;
-  BATON_CHECK(cu.stream_create(&stream, kStreamNonBlocking, 0) == kSuccess);
-  for (bool to_host : {true, false}) {
+/// One direction of the staging ring alone.
+double half_staged_gbps(const Gpu& gpu, int stride, const std::vector<BlockPair>& pairs, bool gathers, int rounds) {
+  auto ring = StagingRing::create(gpu.device, {}).value();
+  size_t step = std::max<size_t>(1, ring->options().slot_bytes / kStrides[stride]);
+  std::vector<Segment> pieces;
+  for (const BlockPair& pair : pairs) {
+    pieces.push_back({pair.local_block * kStrides[stride], pair.remote_block * kStrides[stride], kStrides[stride]});
+  }
+  std::vector<double> rates;
+  constexpr int kRepeats = 4;
+  for (int round = 0; round <= rounds; ++round) {
+    std::vector<uint32_t> moving;
+    size_t next = 0, end = pieces.size() * kRepeats;
+    int64_t start = now_ns();
+    while (next < end || !moving.empty()) {
+      if (next < end) {
+        size_t first = next % pieces.size();
+        auto part = std::span<const Segment>(pieces).subspan(first, std::min(step, pieces.size() - first));
+        std::optional<uint32_t> slot;
+        if (gathers) {
+          slot = ring->gather(gpu.memory.address(), part).value();
+        } else if ((slot = ring->acquire()) && !ring->scatter(*slot, gpu.memory.address(), part).value()) {
+          ring->release(*slot);
+          slot.reset();
+        }
+        if (slot) {
+          moving.push_back(*slot);
+          next += part.size();
+        }
+      }
+      std::erase_if(moving, [&](uint32_t slot) {
+        if (!ring->ended(slot)) return false;
+        ring->release(slot);
+        return true;
+      });
+    }
+    if (round > 0) {
+      rates.push_back(kRepeats * static_cast<double>(pairs.size() * kStrides[stride]) /
+                      static_cast<double>(now_ns() - start));
+    }
+  }
+  return median(rates);
+}
+
+/// What the copy engines do between pinned host memory and the GPUs: out of one, into the other, and both at once.
+void print_host_limits(const Gpu& out_of, const Gpu& into) {
+  const Driver& cu = *out_of.driver;
+  constexpr size_t kBytes = 256u << 20;
+  struct End {
+    const Gpu& gpu;
+    PinnedMemory host;
+    CUstream stream = nullptr;
+  };
+  End ends[] = {{out_of, PinnedMemory::allocate(out_of.device, kBytes).value()},
+                {into, PinnedMemory::allocate(into.device, kBytes).value()}};
+  for (End& end : ends) {
+    CurrentDevice current(*end.gpu.device);
+    BATON_CHECK(cu.stream_create(&end.stream, kStreamNonBlocking, 0) == kSuccess);
+  }
+  for (const char* what : {"from a GPU", "into a GPU", "both at once, each"}) {
     std::vector<double> rates;
     for (int round = 0; round < 6; ++round) {
+      bool first = what[0] != 'i', second = what[0] != 'f';
       int64_t start = now_ns();
-      CUdeviceptr to = to_host ? host.address() : gpu.memory.address();
-      CUdeviceptr from = to_host ? gpu.memory.address() : host.address();
-      BATON_CHECK(cu.copy_async(to, from, host.bytes(), stream) == kSuccess);
-      BATON_CHECK(cu.stream_synchronize(stream) == kSuccess);
-      if (round > 0) rates.push_back(static_cast<double>(host.bytes()) / static_cast<double>(now_ns() - start));
+      for (int i = 0; i < 4; ++i) {
+        if (first) {
+          CurrentDevice current(*ends[0].gpu.device);
+          BATON_CHECK(cu.copy_async(ends[0].host.address(), out_of.memory.address(), kBytes, ends[0].stream) == kSuccess);
+        }
+        if (second) {
+          CurrentDevice current(*ends[1].gpu.device);
+          BATON_CHECK(cu.copy_async(into.memory.address(), ends[1].host.address(), kBytes, ends[1].stream) == kSuccess);
+        }
+      }
+      for (End& end : ends) {
+        CurrentDevice current(*end.gpu.device);
+        BATON_CHECK(cu.stream_synchronize(end.stream) == kSuccess);
+      }
+      if (round > 0) rates.push_back(4.0 * kBytes / static_cast<double>(now_ns() - start));
     }
-    std::printf("%s %.1f GB/s", to_host ? "\nbulk copy into pinned host memory" : ", out of it", median(rates));
+    std::printf("%s%s %.1f", what[0] == 'f' ? "\nbulk copies between pinned host memory and GPUs (GB/s): " : ", ", what,
+                median(rates));
   }
-  (void)cu.stream_destroy(stream);
+  for (End& end : ends) {
+    CurrentDevice current(*end.gpu.device);
+    (void)cu.stream_destroy(end.stream);
+  }
 }
 
 void measure_latency(const Sender& sender, Shared* shared, Tag tag, int gpu, const char* what) {
@@ -415,18 +482,20 @@ void measure(const Options& options, Wire& wire, Shared* shared) {
       std::fflush(stdout);
     }
   }
-  print_host_limits(local_to);
-  from.upload(words);
-  std::printf("\nstaged through pinned host memory (GB/s, wrong blocks):");
+  print_host_limits(from, local_to);
+  std::printf("\nstaged (GB/s): block | gather | scatter | GPU to host to GPU | wrong blocks\n");
   for (int stride = 0; stride < kStrideCount; ++stride) {
     std::vector<BlockPair> pairs = scattered(kCounts[stride], options.pool_bytes / kStrides[stride], 8);
+    double gathered = half_staged_gbps(from, stride, pairs, true, options.rounds);
+    double spread = half_staged_gbps(local_to, stride, pairs, false, options.rounds);
     local_to.clear();
     double rate = staged_gbps(from, local_to, stride, pairs, options.rounds);
     size_t wrong = local_to.wrong_blocks(pairs, kStrides[stride]);
     all_wrong += wrong;
-    std::printf("  %zu K: %.1f, %zu", static_cast<size_t>(kStrides[stride] >> 10), rate, wrong);
+    std::printf("%18zu K | %6.1f | %7.1f | %18.1f | %zu\n", static_cast<size_t>(kStrides[stride] >> 10), gathered, spread,
+                rate, wrong);
   }
-  std::printf("\n\n");
+  std::printf("\n");
   measure_latency(full, shared, tag, 0, "GPU to GPU");
   measure_latency(full, shared, tag, 1, "same GPU");
   BATON_CHECK(all_wrong == 0) << all_wrong << " blocks are wrong";

@@ -38,9 +38,7 @@ Status CopyEngine::init() {
     // High priority: its thread blocks go first when a place on the GPU becomes free.
     BATON_RETURN_IF_ERROR(cu.check(cu.stream_create(&streams_[i].handle, kStreamNonBlocking, greatest),
                                    "cuStreamCreateWithPriority"));
-    CopyArguments nothing{};
-    nothing.units_per_piece = 1;
-    BATON_RETURN_IF_ERROR(launch(streams_[i], i, nothing, 0, 0, false));
+    BATON_RETURN_IF_ERROR(launch_empty(streams_[i], i));
   }
   BATON_RETURN_IF_ERROR(drain());
   if (!idle()) return internal_error("the copy kernel ran on {} and did not report its end", device_->name());
@@ -95,7 +93,7 @@ Status CopyEngine::drain() const {
 
 Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, CUdeviceptr target,
                                                             std::span<const Segment> pieces, bool within_device,
-                                                            const Bulk& first) {
+                                                            const Bulk& first, const Bulk& last) {
   CopyArguments arguments;  // 1.6 KiB: only what is used is filled
   arguments.source = source;
   arguments.target = target;
@@ -125,14 +123,25 @@ Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, 
   }
   arguments.piece_count = static_cast<uint32_t>(entries);
   CurrentDevice current(*device_);
-  if (first.bytes > 0) {
-    BATON_RETURN_IF_ERROR(device_->driver().check(
-        device_->driver().copy_async(first.to, first.from, first.bytes, stream.handle),
-        fmt::format("cuMemcpyAsync of {} bytes on {}", first.bytes, device_->name())));
-  }
+  if (first.bytes > 0) BATON_RETURN_IF_ERROR(copy(stream, first));
   BATON_RETURN_IF_ERROR(launch(stream, index, arguments, bytes, std::min(largest, kMaxPieceBytes), within_device));
+  if (last.bytes > 0) {
+    // The copy engine tells nobody that it has ended; a kernel behind it does, and is what the ticket names.
+    BATON_RETURN_IF_ERROR(copy(stream, last));
+    BATON_RETURN_IF_ERROR(launch_empty(stream, index));
+  }
   next_stream_ = (next_stream_ + 1) % kStreams;
   return std::optional<Ticket>(Ticket{index, stream.started});
+}
+
+Status CopyEngine::copy(const Stream& stream, const Bulk& bulk) {
+  return device_->driver().check(device_->driver().copy_async(bulk.to, bulk.from, bulk.bytes, stream.handle),
+                                 fmt::format("cuMemcpyAsync of {} bytes on {}", bulk.bytes, device_->name()));
+}
+
+Status CopyEngine::launch_empty(Stream& stream, uint32_t index) {
+  CopyArguments nothing{};
+  return launch(stream, index, nothing, 0, 0, false);
 }
 
 Status CopyEngine::launch(Stream& stream, uint32_t index, CopyArguments& arguments, uint64_t bytes, uint64_t largest,

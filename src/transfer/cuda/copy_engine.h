@@ -46,7 +46,7 @@ class CopyEngine {
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
-  /// A plain copy by the GPU's copy engine, before the pieces are copied.
+  /// A plain copy by the GPU's copy engine, before or after the pieces are copied.
   struct Bulk {
     CUdeviceptr from;
     CUdeviceptr to;
@@ -57,7 +57,7 @@ class CopyEngine {
   /// both sides are this device's memory. Nothing when all lists are taken: try again when something has ended.
   /// REQUIRES: at most kMaxListPieces pieces and kMaxListBytes in all, unless each is at most kMaxPieceBytes.
   Result<std::optional<Ticket>> start(CUdeviceptr source, CUdeviceptr target, std::span<const Segment> pieces,
-                                      bool within_device, const Bulk& first = {});
+                                      bool within_device, const Bulk& first = {}, const Bulk& last = {});
   /// True once every byte is visible to the whole system: other GPUs, their kernels, this process.
   bool done(Ticket ticket) const { return finished(ticket.stream) >= ticket.sequence; }
   /// Sequences of one stream end in their order.
@@ -87,6 +87,8 @@ class CopyEngine {
   Status init();
   Status launch(Stream& stream, uint32_t index, CopyArguments& arguments, uint64_t bytes, uint64_t largest,
                 bool within_device);
+  Status launch_empty(Stream& stream, uint32_t index);
+  Status copy(const Stream& stream, const Bulk& bulk);
   std::atomic_ref<uint64_t> flag(uint32_t stream) const;
   Piece* list(uint32_t stream, uint32_t slot) const;
 

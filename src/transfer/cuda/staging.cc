@@ -17,7 +17,7 @@ Result<std::unique_ptr<StagingRing>> StagingRing::create(std::shared_ptr<const D
   BATON_RETURN_IF_ERROR(options.validate());
   std::unique_ptr<StagingRing> ring(new StagingRing(options));
   BATON_ASSIGN_OR_RETURN(ring->memory_, PinnedMemory::allocate(device, options.slots * options.slot_bytes));
-  BATON_ASSIGN_OR_RETURN(ring->arrived_, DeviceMemory::allocate(device, options.slots * options.slot_bytes));
+  BATON_ASSIGN_OR_RETURN(ring->on_device_, DeviceMemory::allocate(device, options.slots * options.slot_bytes));
   BATON_ASSIGN_OR_RETURN(ring->engine_, CopyEngine::create(device, {.max_ctas = options.max_ctas}));
   for (uint32_t slot = options.slots; slot > 0; --slot) ring->free_.push_back(slot - 1);
   ring->laid_out_.reserve(CopyEngine::kMaxListPieces);
@@ -63,7 +63,8 @@ Result<std::optional<uint32_t>> StagingRing::gather(CUdeviceptr source, std::spa
   BATON_RETURN_IF_ERROR(lay_out(pieces, true));
   std::optional<uint32_t> slot = acquire();
   if (!slot) return slot;
-  Result<std::optional<CopyEngine::Ticket>> ticket = engine_->start(source, address(*slot), laid_out_, false);
+  Result<std::optional<CopyEngine::Ticket>> ticket = engine_->start(
+      source, device_address(*slot), laid_out_, true, {}, {device_address(*slot), address(*slot), laid_out_bytes_});
   if (ticket.ok() && *ticket) {
     slots_[*slot].copy = **ticket;
     return slot;
@@ -81,10 +82,9 @@ Result<bool> StagingRing::scatter_from(const StagingRing& other, uint32_t other_
                                        std::span<const Segment> pieces) {
   BATON_CHECK(slots_[slot].taken && ended(slot)) << "slot " << slot << " is free or in use";
   BATON_RETURN_IF_ERROR(lay_out(pieces, false));
-  CUdeviceptr on_device = arrived_.address() + slot * options_.slot_bytes;
   BATON_ASSIGN_OR_RETURN(std::optional<CopyEngine::Ticket> ticket,
-                         engine_->start(on_device, target, laid_out_, true,
-                                        {other.address(other_slot), on_device, laid_out_bytes_}));
+                         engine_->start(device_address(slot), target, laid_out_, true,
+                                        {other.address(other_slot), device_address(slot), laid_out_bytes_}));
   if (!ticket) return false;
   slots_[slot].copy = *ticket;
   return true;

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -86,18 +87,18 @@ void copy(const CopyArguments& a) {
 struct baton::transfer::cuda::CUstream_st {
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<CopyArguments> queue;
+  std::deque<std::function<void()>> queue;
   bool busy = false, stopping = false;
   std::thread thread{[this] {
     std::unique_lock lock(mutex);
     while (true) {
       changed.wait(lock, [this] { return stopping || !queue.empty(); });
       if (queue.empty()) return;
-      CopyArguments next = queue.front();
+      std::function<void()> next = std::move(queue.front());
       queue.pop_front();
       busy = true;
       lock.unlock();
-      copy(next);
+      next();
       lock.lock();
       busy = false;
       changed.notify_all();
@@ -112,6 +113,16 @@ struct baton::transfer::cuda::CUstream_st {
     thread.join();
   }
 };
+
+namespace {
+void enqueue(CUstream stream, std::function<void()> work) {
+  {
+    std::lock_guard lock(stream->mutex);
+    stream->queue.push_back(std::move(work));
+  }
+  stream->changed.notify_all();
+}
+}  // namespace
 
 extern "C" {
 
@@ -220,8 +231,8 @@ CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) {
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
   return kSuccess;
 }
-CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream) {
-  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+  enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes); });
   return kSuccess;
 }
 CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
@@ -330,11 +341,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
 CUresult cuLaunchKernel(CUfunction, unsigned grid_x, unsigned, unsigned, unsigned block_x, unsigned, unsigned, unsigned,
                         CUstream stream, void** parameters, void**) {
   if (grid_x == 0 || block_x != kCopyThreads) return kInvalidValue;
-  {
-    std::lock_guard lock(stream->mutex);
-    stream->queue.push_back(*static_cast<const CopyArguments*>(parameters[0]));
-  }
-  stream->changed.notify_all();
+  enqueue(stream, [arguments = *static_cast<const CopyArguments*>(parameters[0])] { copy(arguments); });
   return kSuccess;
 }
 
