@@ -101,8 +101,10 @@ for cut in "${cuts[@]}"; do
 done
 
 status=0
-for _ in a b; do
-  wait -n -p ended "${pids[0]}" "${pids[1]}" || status=$?
-  [ $status = 0 ] || break
-done
+wait -n -p ended "${pids[0]}" "${pids[1]}" || status=$?
+if [ $status = 0 ]; then
+  for pid in "${pids[0]}" "${pids[1]}"; do
+    if [ "$pid" != "$ended" ]; then wait "$pid" || status=$?; fi
+  done
+fi
 exit $status

@@ -13,7 +13,7 @@ CXX, CC, FLAGS = sys.argv[2], sys.argv[3], sys.argv[4]
 
 
 def run(*command, **options):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240, **options)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **options)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -25,7 +25,7 @@ def send_and_receive(program, transport):
         listening = receiver.stdout.readline().split()
         assert listening[:2] == ["listening", "on"], listening
         sent = run(program, "send", "127.0.0.1", listening[3], transport)
-        received, _ = receiver.communicate(timeout=60)
+        received, _ = receiver.communicate(timeout=120)
         assert receiver.returncode == 0, received
     finally:
         receiver.kill()

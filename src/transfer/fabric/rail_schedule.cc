@@ -11,6 +11,7 @@ constexpr double kWindowS = 0.040;
 constexpr uint64_t kFirstMessages = 4;  // while the rate is unknown, and at least
 constexpr double kUnknownBytesPerS = 1e9;
 constexpr int64_t kStallNs = 500'000'000;
+constexpr int64_t kProbeStallNs = 150'000'000;  // somebody's transfer waits for it
 constexpr int64_t kLongestStallNs = 3'000'000'000;
 constexpr int64_t kRecentNs = 250'000'000;
 
@@ -76,7 +77,7 @@ std::optional<uint32_t> find_stalled_rail(std::span<const RailState> rails, int6
     if (!rail.usable || rail.meter.outstanding_messages() == 0) continue;
     const double rate = rail.meter.bytes_per_s();
     const double expected_ns = rate > 0 ? static_cast<double>(rail.meter.outstanding_bytes()) / rate * 4e9 : 0;
-    const int64_t patience_ns = kStallNs + static_cast<int64_t>(std::min<double>(expected_ns, kLongestStallNs));
+    const int64_t patience_ns = (rail.probing ? kProbeStallNs : kStallNs) + static_cast<int64_t>(std::min<double>(expected_ns, kLongestStallNs));
     if (now_ns - rail.meter.last_sign_ns() < patience_ns) continue;
     for (uint32_t j = 0; j < rails.size(); ++j) {
       const RailState& other = rails[j];

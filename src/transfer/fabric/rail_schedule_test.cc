@@ -124,6 +124,14 @@ TEST(RailSchedule, AStallIsOneRailsOnlyIfAnotherWorks) {
   EXPECT_FALSE(find_stalled_rail(rails, 900 * kMs).has_value()) << "now both are silent";
 }
 
+TEST(RailSchedule, AProbeIsGivenUpSooner) {
+  std::vector<RailState> rails(2);
+  rails[0].probing = true;
+  rails[0].meter.posted(4096, 0);
+  EXPECT_FALSE(find_stalled_rail(rails, 100 * kMs).has_value());
+  EXPECT_EQ(find_stalled_rail(rails, 200 * kMs), 0u);
+}
+
 TEST(RailSchedule, ASlowRailIsNotAStalledOne) {
   World world({100e6, 1e6});
   world.transfer(100, 256 << 10);
