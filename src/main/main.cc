@@ -1,6 +1,7 @@
 #include <sys/resource.h>
 
 #include <cctype>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 
@@ -50,6 +51,12 @@ class EnvironmentFirstConfig : public CLI::ConfigTOML {
   }
 };
 
+/// libinfinipath, which libfabric brings along, catches fatal signals to print a backtrace and then calls exit() inside the
+/// handler: a process that crashes would hang for ever in the C library's locks instead of dying.
+void take_back_signals() {
+  for (int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGINT, SIGTERM}) std::signal(number, SIG_DFL);
+}
+
 /// Each client is a file descriptor, and the usual soft limit of 1024 is for programs that use select().
 void raise_descriptor_limit() {
   rlimit limit{};
@@ -61,6 +68,7 @@ void raise_descriptor_limit() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  take_back_signals();
   baton::cli::CommandLine line;
   line.app.require_subcommand(1);
   line.app.allow_config_extras(CLI::config_extras_mode::error);  // a misspelt option must not pass unnoticed
