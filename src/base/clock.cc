@@ -3,7 +3,8 @@
 namespace baton {
 
 const SteadyClock& SteadyClock::instance() {
-  static const SteadyClock clock;
+  // Never destroyed: threads that still run while the process ends look at it.
+  static const SteadyClock& clock = *new SteadyClock;
   return clock;
 }
 
