@@ -28,7 +28,7 @@ Result<std::unique_ptr<Inbound>> Inbound::create(std::unique_ptr<Worker> worker,
 Inbound::~Inbound() {
   if (connected_ || worker_ == nullptr) return;
   log_warning("transfer: '{}' left before it was connected; what UCX holds for it (about 1 MiB) stays", name_);
-  (void)worker_.release();
+  Worker::keep_for_good(std::move(worker_));
 }
 
 ucs_status_t Inbound::on_hello(void* argument, const void*, size_t, void*, size_t, const ucp_am_recv_param_t*) {

@@ -49,6 +49,11 @@ Status UcxLink::open(const Welcome& welcome, std::unique_ptr<Worker> own, Worker
 
 void UcxLink::shut() {
   if (worker_ == nullptr) return;
+  if (own_worker_ && endpoint_ != nullptr && !connected()) {
+    host_.forget(*own_worker_);
+    Worker::keep_for_good(std::move(own_worker_));
+    return;
+  }
   abort();
   if (!own_worker_) return;
   (void)own_worker_->progress(kCloseRounds);

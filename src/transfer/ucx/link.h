@@ -59,6 +59,8 @@ class UcxLink : public Link {
  protected:
   virtual Status on_opened(const Welcome&) { return Status(); }
   virtual bool idle() const = 0;
+  /// UCX's handshake is over, as far as it can be known.
+  virtual bool connected() const { return true; }
   /// For derived destructors, which own what UCX's requests point at: nothing of this link is under way afterwards.
   void shut();
   void abort();
@@ -167,6 +169,7 @@ class MessageLink final : public UcxLink {
 
   Status on_opened(const Welcome& welcome) override;
   bool idle() const override { return outstanding_ == 0; }
+  bool connected() const override { return connected_; }
   static void on_request_done(void* request, ucs_status_t status, void* message);
   void settle(Message& message);
 
