@@ -125,6 +125,9 @@ int64_t FabricBackend::prepare_wait(std::vector<pollfd>& fds) {
   if (rails_.empty()) return longest_ns;
   // What was left in the queue makes no descriptor readable.
   if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty()) return 0;
+  // Asleep at once after an event, the next one costs a wake-up: 32 µs for a small message instead of 13.
+  constexpr int64_t kAwakeNs = 50'000;
+  if (now_ns() - last_event_ns_ < kAwakeNs) return 0;
   if (rails_.size() > 1) {
     constexpr int64_t kTickNs = 50'000'000;
     for (const auto& [id, link] : links_) {
