@@ -154,22 +154,31 @@ void AgentCore::stop() {
   int64_t deadline_ns = SteadyClock::instance().now_ns() + 1'000'000'000;
   while (true) {
     bool open = false;
+    Status inbound;
     {
       std::lock_guard lock(mutex_);
       take_incoming();
+      // The memory goes back to its owner: nobody may write into it any more.
+      for (const auto& backend : backends_) {
+        if (Status shut = backend->shut_out(); !shut.ok()) inbound = shut;
+      }
       std::vector<std::shared_ptr<PeerCore>> peers = peers_;
       for (const auto& peer : peers) {
         fail_peer(*peer, cancelled("the agent '{}' was closed", config_.name));
         close_link(*peer);
         open = open || peer->state != PeerCore::State::kClosed;
       }
-      if (open) {
+      if (open || !inbound.ok()) {
         for (const auto& backend : backends_) backend->progress(*this);
         failed_.clear();
       }
     }
     run_callbacks();
-    if (!open) break;
+    if (!open && inbound.ok()) break;
+    if (!open && SteadyClock::instance().now_ns() > deadline_ns) {
+      log_warning("transfer {}: closed, but {}", config_.name, inbound.message());
+      break;
+    }
     if (SteadyClock::instance().now_ns() > deadline_ns) {
       // Leaking the endpoint is the lesser evil: freeing it now could free memory that is being read.
       log_error("transfer {}: a device did not end its operations; its endpoint is left open", config_.name);

@@ -137,6 +137,8 @@ class Backend {
   /// Ends what comes in from agent `peer`, and refuses what it opens with metadata up to `serial`.
   /// ok: nothing from it touches memory any more. unavailable: not certain yet, call again.
   virtual Status fence(Epoch peer, uint64_t serial) = 0;
+  /// The agent closes: the same for everybody, and nobody is let in any more.
+  virtual Status shut_out() = 0;
 
   /// Moves things along without blocking; returns how many things happened.
   virtual size_t progress(BackendEvents& events) = 0;

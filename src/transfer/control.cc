@@ -418,6 +418,26 @@ Status ControlPlane::fence(Epoch peer, uint64_t serial) {
   for (const auto& [id, connection] : connections_) {
     if (!connection.outbound && connection.established && connection.peer == peer) inbound.push_back(id);
   }
+  const size_t open = shut(inbound);
+  if (open == 0) return Status();
+  return unavailable("the peer with epoch {:016x} still holds {} connection(s) through which it can write "
+                     "into this process and has not confirmed that it stopped",
+                     static_cast<uint64_t>(peer), open);
+}
+
+Status ControlPlane::fence_all() {
+  closing_ = true;
+  std::vector<Id> inbound;
+  for (const auto& [id, connection] : connections_) {
+    if (!connection.outbound && connection.established) inbound.push_back(id);
+  }
+  const size_t open = shut(inbound);
+  if (open == 0) return Status();
+  return unavailable("{} peers can still write into this process and have not confirmed that they stopped", open);
+}
+
+/// Returns how many of them have yet to confirm.
+size_t ControlPlane::shut(const std::vector<Id>& inbound) {
   size_t open = 0;
   for (Id id : inbound) {
     Connection& connection = connections_.at(id);
@@ -432,10 +452,7 @@ Status ControlPlane::fence(Epoch peer, uint64_t serial) {
       watch(id, connection);
     }
   }
-  if (open == 0) return Status();
-  return unavailable("the peer with epoch {:016x} still holds {} connection(s) through which it can write "
-                     "into this process and has not confirmed that it stopped",
-                     static_cast<uint64_t>(peer), open);
+  return open;
 }
 
 void ControlPlane::accept_all() {
@@ -481,6 +498,7 @@ void ControlPlane::handle_hello(Id id, Connection& connection, std::string_view 
     refused = failed_precondition("the metadata is of an earlier life (epoch {:016x}) of this process",
                                   static_cast<uint64_t>(hello->to));
   }
+  if (refused.ok() && closing_) refused = unavailable("the agent is closing");
   if (refused.ok()) {
     auto fenced = fenced_.find(hello->from);
     if (fenced != fenced_.end() && hello->serial <= fenced->second) {

@@ -160,6 +160,8 @@ class ControlPlane {
   void close_outbound(Id id);
 
   Status fence(Epoch peer, uint64_t serial);
+  /// Fences everybody who is connected, and lets nobody in any more.
+  Status fence_all();
 
   size_t progress();
   int poll_fd() const { return epoll_.get(); }
@@ -180,6 +182,7 @@ class ControlPlane {
   };
 
   bool send(Id id, FrameSocket::Type type, std::string_view payload);
+  size_t shut(const std::vector<Id>& inbound);
   void accept_all();
   void handle(Id id, uint32_t events);
   void handle_frame(Id id, Connection& connection, const FrameSocket::Frame& frame, Status* failure);
@@ -199,6 +202,7 @@ class ControlPlane {
   std::deque<Epoch> fenced_order_;
   Id next_id_ = 1;
   size_t inbound_count_ = 0;
+  bool closing_ = false;
   size_t waiting_for_hello_ = 0;
 };
 

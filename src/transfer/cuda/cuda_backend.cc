@@ -184,6 +184,7 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
   std::string address() const override;
   Result<std::unique_ptr<Link>> open_link(const Metadata& peer, const Metadata::Offer& offer) override;
   Status fence(Epoch peer, uint64_t serial) override;
+  Status shut_out() override { return control_.fence_all(); }
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_.inbound(); }

@@ -140,6 +140,7 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   }
 
   Status fence(Epoch peer, uint64_t serial) override { return control_.fence(peer, serial); }
+  Status shut_out() override { return control_.fence_all(); }
 
   size_t progress(BackendEvents& events) override {
     size_t count = control_.progress();

@@ -94,6 +94,7 @@ class UcxBackend final : public Backend, private ControlPlane::Delegate, private
   }
 
   Status fence(Epoch peer, uint64_t serial) override { return control_->fence(peer, serial); }
+  Status shut_out() override { return control_->fence_all(); }
 
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;

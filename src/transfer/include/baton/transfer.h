@@ -210,6 +210,8 @@ class Agent {
   /// Opens only what the configuration needs and logs what it opens and what it costs.
   static Result<std::unique_ptr<Agent>> create(AgentConfig config,
                                                const Clock& clock = SteadyClock::instance());
+  /// Ends every transfer and shuts all writers out, for which it may wait a second: afterwards nothing from a peer that is
+  /// alive touches registered memory (what a stopped one may still do is logged).
   virtual ~Agent() = default;
 
   virtual Epoch epoch() const = 0;
