@@ -30,6 +30,7 @@ constexpr size_t kMaxPackedKeyBytes = 4096;
 constexpr size_t kFrameHeaderBytes = 5;
 constexpr size_t kMaxFencedPeers = 65536;
 constexpr uint64_t kListenerId = 0;
+constexpr std::string_view kClosing = "closing";  // of a Fence: not you alone, the agent ends
 
 std::string errno_text(int error) { return std::strerror(error); }
 
@@ -447,7 +448,7 @@ size_t ControlPlane::shut(const std::vector<Id>& inbound) {
     }
     ++open;
     if (!connection.fenced) {
-      connection.fenced = connection.socket->send(FrameSocket::Type::kFence, {});
+      connection.fenced = connection.socket->send(FrameSocket::Type::kFence, closing_ ? kClosing : std::string_view());
       (void)connection.socket->flush();
       watch(id, connection);
     }
@@ -568,7 +569,8 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
     case FrameSocket::Type::kFence:
       if (!connection.outbound) break;
       // The connection stays until the link has ended: closing it is what confirms the fence.
-      delegate_.on_outbound_closed(id, failed_precondition("fenced by the peer"));
+      delegate_.on_outbound_closed(id, frame.payload == kClosing ? unavailable("closed by the peer")
+                                                                 : failed_precondition("fenced by the peer"));
       return;
     case FrameSocket::Type::kArrived: {
       if (!connection.established) break;
