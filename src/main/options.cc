@@ -128,7 +128,7 @@ void TransferFlags::add_to(CLI::App& command) {
   command.add_option("--transport", transport, "path of the KV cache: auto, shm, tcp, efa or verbs")
       ->capture_default_str()->group("Handoff");
   command.add_flag("--no-tcp", no_tcp, "refuse a pair rather than use TCP between hosts")->group("Handoff");
-  command.add_option("--bind-address", bind_address, "address that KV traffic over TCP uses")->group("Handoff");
+  command.add_option("--bind-address", bind_address, "address that KV traffic over TCP uses; several, with commas: one rail each")->group("Handoff");
   command.add_option("--transfer-timeout-ms", transfer_timeout_ms, "a KV write fails after so long")
       ->capture_default_str()->group("Handoff");
   command.add_option("--local-prefill-tokens", local_prefill_tokens,
