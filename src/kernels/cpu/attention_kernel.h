@@ -14,8 +14,9 @@
 //   pack_values(const TileRows&, head_dim, padded, Word* tile, ahead)   [64 / kWordElements][padded]
 //   scores(q, q_stride, rows, tile, head_dim, float* s, ahead)          s [rows][64]
 //   store_weights(V a, V b, Word* dst)                                  2 * kWidth weights, in order
-//   weighted_sum(p, rows, tile, padded, corrections, float* o, ahead)   o[r] = o[r] * corrections[r] + p[r] V
-// Keys that don't exist are packed as zeros.
+//   weighted_sum(p, rows, count, tile, padded, corrections, float* o, ahead)   o[r] = o[r] * corrections[r] + p[r] V
+// Keys from `count` of a tile on don't exist. Their scores may be anything: they are masked; their weights are 0, and
+// weighted_sum never meets a value that was not packed.
 
 #include "kernels/cpu/vector_kernels.h"
 
@@ -263,8 +264,8 @@ void attention_task(const AttentionTask& t) {
             soften_row<Isa>(w.s + int64_t{r} * kTileKeys, visible_begin, visible_end, scale, &w.maximum[r], &w.sum[r],
                             w.p + int64_t{r} * (kTileKeys / Isa::kWordElements));
       }
-      Isa::weighted_sum(w.p + int64_t{r0} * (kTileKeys / Isa::kWordElements), r1 - r0, w.v, padded, w.correction + r0,
-                        w.o + int64_t{r0} * padded, ahead);
+      Isa::weighted_sum(w.p + int64_t{r0} * (kTileKeys / Isa::kWordElements), r1 - r0, now.count, w.v, padded,
+                        w.correction + r0, w.o + int64_t{r0} * padded, ahead);
     }
     if (t.partial != nullptr) {
       const int stride = partial_stride(d);

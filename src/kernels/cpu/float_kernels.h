@@ -155,7 +155,7 @@ struct FloatAttention {
     V::store(dst, a);
     V::store(dst + V::kWidth, b);
   }
-  static void weighted_sum(const float* p, int rows, const float* tile, int padded, const float* corrections,
+  static void weighted_sum(const float* p, int rows, int, const float* tile, int padded, const float* corrections,
                            float* o, TileAhead&) {
     matrix_product_f32<V>(p, kTileKeys, rows, tile, padded, kTileKeys, corrections, o, padded, padded);
   }

@@ -299,7 +299,7 @@ struct PairAttention {
   /// kFull: all keys exist and a row is whole vectors.
   template <bool kFull>
   static void pack_keys_of(const TileRows& now, int words, uint32_t* tile, TileAhead& ahead) {
-    for (int key = 0; key < kTileKeys; key += 16) {
+    for (int key = 0; key < (kFull ? kTileKeys : now.count); key += 16) {
       for (int word = 0; word < words; word += 16) {
         const __mmask16 mask = VecAvx512::part_mask(words - word);
         __m512i m[16];
@@ -337,7 +337,7 @@ struct PairAttention {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int key = 0; key < kTileKeys; key += 2) {
+    for (int key = 0; key < (kFull ? kTileKeys : now.count); key += 2) {
       uint32_t* const out = tile + key / 2 * padded;
       const uint16_t* const even_row = now.k[key] + now.v_offset;
       const uint16_t* const odd_row = now.k[key + 1] + now.v_offset;
@@ -363,11 +363,12 @@ struct PairAttention {
     _mm512_storeu_si512(dst, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
   }
 
-  static void weighted_sum(const uint32_t* p, int rows, const uint32_t* tile, int padded, const float* corrections,
-                           float* o, TileAhead& ahead) {
-    constexpr int kDepth = kTileKeys / 2;
+  static void weighted_sum(const uint32_t* p, int rows, int count, const uint32_t* tile, int padded,
+                           const float* corrections, float* o, TileAhead& ahead) {
+    constexpr int kStride = kTileKeys / 2;
+    const int depth = (count + 1) / 2;
     const auto columns = [&](auto product, int column) {
-      product(p, kDepth, rows, tile + column, padded, kDepth, corrections, o + column, padded, ahead);
+      product(p, kStride, rows, tile + column, padded, depth, corrections, o + column, padded, ahead);
     };
     int column = 0;
     for (; column + 64 <= padded; column += 64) columns(pair_product_rows<4>, column);
