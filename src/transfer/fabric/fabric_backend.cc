@@ -145,10 +145,11 @@ int64_t FabricBackend::prepare_wait(std::vector<pollfd>& fds) {
     if (fi_trywait(rail->fabric(), fids, 1) != FI_SUCCESS) return 0;
     fds.push_back({rail->wait_fd(), POLLIN, 0});
   }
-  // Asking whether it may be slept has moved things along, and what that completed stands in queues whose descriptors
-  // are not the ones that are waited on.
-  queue_empty_ = drain_all();
-  if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty()) return 0;
+  // With several rails, asking whether it may be slept may have completed something in a queue that nobody waits on.
+  if (rails_.size() > 1) {
+    queue_empty_ = drain_all();
+    if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty()) return 0;
+  }
   // No descriptor to sleep on: poll hard for a moment after each event, then more and more slowly.
   if (!poll || (links_.empty() && inbound_.empty())) return longest_ns;
   const int64_t quiet_ns = now_ns() - last_event_ns_;
