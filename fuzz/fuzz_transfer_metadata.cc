@@ -16,6 +16,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (auto welcome = parse_welcome(input); welcome.ok()) {
     BATON_CHECK(encode_welcome(*welcome) == input);
   }
+  if (auto note = parse_rail_note(input); note.ok()) {
+    BATON_CHECK(encode_rail_note(*note) == input);
+  }
   // As it comes, and with a checksum that is right, so that the parser behind it is reached.
   baton::ignore_status(parse_metadata(input, 1u << 20).status());
   WireWriter checksum;
