@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/log.h"
+#include "transfer/topology/rail_memory.h"
 #include "transfer/topology/rails.h"
 #include "transfer/topology/topology.h"
 
@@ -110,7 +111,11 @@ Result<std::vector<std::string>> choose_devices(const std::string& transport, ui
     log_info("transfer: no choice of {} devices by topology: {}", transport, choice.status().message());
     return std::vector<std::string>{std::string()};
   }
-  log_info("transfer: {}", choice->describe());
+  const RailMemory memory = predict_rail_memory(transport == "verbs" ? "verbs;ofi_rxm" : transport, *choice);
+  log_info("transfer: {}; it {}", choice->describe(), memory.describe());
+  const MemoryVerdict verdict = check_rail_memory(memory, MemoryLimits::read());
+  BATON_RETURN_IF_ERROR(verdict.status);
+  if (!verdict.warning.empty()) log_warning("transfer: {}", verdict.warning);
   std::vector<std::string> names;
   for (const std::string& device : choice->names()) {
     // libfabric calls EFA's domains "rdmap79s0-rdm", verbs' by the device.
