@@ -33,10 +33,6 @@ class PackedMatrix {
   virtual size_t bytes() const = 0;
   /// The packed bytes in device memory: for measuring how fast they can be read at all, not for interpreting.
   virtual std::span<const std::byte> memory() const = 0;
-
-  /// The matrix that is read after this one in most steps, or null: a hint for fetching ahead. It must outlive this one's
-  /// last use.
-  const PackedMatrix* next = nullptr;
 };
 
 /// Where the KV cache of one layer lies. Block b starts at pool + b * block_stride_bytes; inside it

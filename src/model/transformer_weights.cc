@@ -171,14 +171,6 @@ Result<TransformerWeights> Loader::load() {
   BATON_RETURN_IF_ERROR(matrix({{head, config_.vocab_size}}, config_.hidden_size, 1.0f, &weights.lm_head));
   BATON_RETURN_IF_ERROR(source_.finish());
   weights.bytes = held_bytes_;
-  PackedMatrix* previous = weights.lm_head.get();
-  for (DecoderLayer& layer : weights.layers) {
-    for (Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
-      previous->next = linear->weight.get();
-      previous = linear->weight.get();
-    }
-  }
-  previous->next = weights.lm_head.get();
   return weights;
 }
 

@@ -23,21 +23,6 @@ void cpu_relax() {
 #endif
 }
 
-/// What a thread fetches while it spins. Of its thread alone.
-struct alignas(64) FetchAhead {
-  const std::byte* at = nullptr;
-  const std::byte* end = nullptr;
-
-  void step() {
-    if (at >= end) {
-      cpu_relax();
-      return;
-    }
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
-    at += 256;
-  }
-};
-
 /// How long to spin before sleeping. It grows when spinning was worth it (the next job came) and shrinks when
 /// it was not, so a process that is idle or whose CPUs are wanted by others soon stops burning time.
 class SpinBudget {
@@ -46,13 +31,13 @@ class SpinBudget {
 
   /// True when done() became true while spinning.
   template <typename Done>
-  bool wait(const Done& done, FetchAhead& fetch) {
+  bool wait(const Done& done) {
     if (done()) return true;
     if (!enabled_) return false;
     const Clock::time_point end = Clock::now() + budget_;
     do {
       for (int i = 0; i < 64; ++i) {
-        fetch.step();
+        cpu_relax();
         if (done()) {
           budget_ = std::min(kMax, budget_ * 2);
           return true;
@@ -78,8 +63,7 @@ class SpinBudget {
 /// the new generation (acquire) may read them. Each worker lowers pending_ (release) when done; the caller
 /// returns when it reads 0 (acquire), so the effects of all bodies are visible to it.
 struct ThreadPool::Impl {
-  explicit Impl(int threads)
-      : threads(threads), spin(threads <= usable_cpus()), caller_spin(spin), fetch(static_cast<size_t>(threads)) {
+  explicit Impl(int threads) : threads(threads), spin(threads <= usable_cpus()), caller_spin(spin) {
     workers.reserve(static_cast<size_t>(threads - 1));
     for (int i = 1; i < threads; ++i) {
       workers.emplace_back([this, i] { work(i); });
@@ -98,7 +82,7 @@ struct ThreadPool::Impl {
     uint32_t seen = 0;
     while (true) {
       const auto changed = [&] { return generation.load(std::memory_order_acquire) != seen; };
-      if (!budget.wait(changed, fetch[static_cast<size_t>(index)])) generation.wait(seen, std::memory_order_acquire);
+      if (!budget.wait(changed)) generation.wait(seen, std::memory_order_acquire);
       if (!changed()) continue;  // woken for nothing
       ++seen;
       if (body == nullptr) return;
@@ -120,7 +104,7 @@ struct ThreadPool::Impl {
     generation.notify_all();
     job(0, threads);
     const auto done = [&] { return pending.load(std::memory_order_acquire) == 0; };
-    while (!caller_spin.wait(done, fetch[0])) {
+    while (!caller_spin.wait(done)) {
       const int left = pending.load(std::memory_order_acquire);
       if (left != 0) pending.wait(left, std::memory_order_acquire);
     }
@@ -134,7 +118,6 @@ struct ThreadPool::Impl {
   const std::function<void(int, int)>* body = nullptr;
   alignas(64) std::atomic<uint32_t> generation{0};
   alignas(64) std::atomic<int> pending{0};
-  std::vector<FetchAhead> fetch;  // per thread
   std::vector<std::thread> workers;
 };
 
@@ -143,10 +126,6 @@ ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>(threads > 0 ?
 ThreadPool::~ThreadPool() = default;
 
 int ThreadPool::threads() const { return impl_->threads; }
-
-void ThreadPool::fetch_while_waiting(int thread, std::span<const std::byte> memory) {
-  impl_->fetch[static_cast<size_t>(thread)] = {memory.data(), memory.data() + memory.size()};
-}
 
 void ThreadPool::run(const std::function<void(int, int)>& body) { impl_->run(body); }
 

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <span>
 
 namespace baton {
 
@@ -24,9 +23,6 @@ class ThreadPool {
   /// Calls body(begin, end, thread) over [0, count) in chunks of at most `grain`, handed out dynamically.
   void parallel_for(int64_t count, int64_t grain,
                     const std::function<void(int64_t begin, int64_t end, int thread)>& body);
-  /// From inside a job, by its thread: while this thread waits for the next job, it fetches `memory` into its caches.
-  /// A hint: nothing is read, so the memory may be gone by then. What was set before is forgotten.
-  void fetch_while_waiting(int thread, std::span<const std::byte> memory);
 
  private:
   struct Impl;

@@ -17,8 +17,6 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kRowChunk = 512;          // of linear(): its packed activations stay in the caches
-constexpr int64_t kFetchAheadRows = 16;     // up to here a product waits for memory
-constexpr int64_t kFetchAheadBytes = 512 << 10;
 constexpr int64_t kAttentionRows = 64;      // query rows (tokens x heads of a group) that share a K/V tile
 constexpr int64_t kInlineElements = 16384;  // element-wise work below this is not worth a fork
 constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
@@ -171,9 +169,7 @@ void CpuKernels::linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMa
                             .y = y,
                             .scratch = nullptr};
   // One long run of panels for each thread first (every new stream costs the memory half a microsecond), then guided
-  // down to single ones (so that threads finish together even when one of them lost its CPU for a while). The first run is
-  // a thread's own, so it knows what to fetch while it waits: between two products lie only microseconds of work, but
-  // the memory would idle in them.
+  // down to single ones (so that threads finish together even when one of them lost its CPU for a while).
   const auto first_run = [](int64_t panels, int thread_count) { return panels * 7 / (8 * thread_count); };
   std::atomic<int64_t> next{threads_.threads() * first_run(whole.panel_end, threads_.threads())};
   const auto share = [&](int thread, int thread_count) {
@@ -191,13 +187,6 @@ void CpuKernels::linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMa
       task.panel_end = begin + run;
       ops_.linear(task);
       begin = next.load(std::memory_order_relaxed);
-    }
-    if (matrix.next != nullptr && rows <= kFetchAheadRows) {
-      const CpuPackedMatrix& later = packed(*matrix.next);
-      const auto panel_bytes = static_cast<size_t>(later.k_pairs() * kPanelLanes * 4);
-      const size_t run_bytes = static_cast<size_t>(first_run(later.panels(), thread_count)) * panel_bytes;
-      threads_.fetch_while_waiting(thread, later.memory().subspan(static_cast<size_t>(thread) * run_bytes,
-                                                                  std::min<size_t>(run_bytes, kFetchAheadBytes)));
     }
   };
   if (rows * k_pairs * matrix.out_features() < kInlineElements) {
