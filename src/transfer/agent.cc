@@ -287,7 +287,7 @@ Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer, Memor
     std::string reason = !automatic ? fmt::format("--transport {}", transport)
                          : same_host ? "same host" : "other host";
     if (!tried.empty()) reason += fmt::format(" ({})", tried);
-    return PathChoice{backend.get(), std::move(*link), std::move(reason)};
+    return PathChoice{backend.get(), std::move(*link), backend->limits_for(offer->address), std::move(reason)};
   }
   std::vector<std::string_view> offered;
   for (const Metadata::Offer& offer : peer.offers) offered.push_back(offer.transport);
@@ -338,7 +338,7 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   peer->transport = path.backend->transport();
   peer->provider = path.backend->provider();
   peer->rails = path.backend->rails();
-  peer->limits = path.backend->limits();
+  peer->limits = path.limits;
   peer->reason = std::move(path.reason);
   peer->link = std::move(path.link);
   peer->link->owner = peer.get();

@@ -171,7 +171,7 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     }
     const PlannedMessage& planned = transfer->plan.messages[transfer->next_message];
     if (peer.inflight_count >= peer.limits.max_inflight_messages ||
-        (peer.inflight_count > 0 && peer.inflight_bytes + planned.bytes > peer.limits.max_inflight_bytes) ||
+        (peer.inflight_count >= peer.limits.min_inflight_messages && peer.inflight_bytes + planned.bytes > peer.limits.max_inflight_bytes) ||
         burst_bytes >= peer.limits.max_burst_bytes) {
       break;
     }

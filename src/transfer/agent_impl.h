@@ -178,6 +178,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   struct PathChoice {
     Backend* backend = nullptr;
     std::unique_ptr<Link> link;
+    BackendLimits limits;
     std::string reason;
   };
   Result<PathChoice> choose_path(const Metadata& peer, MemoryKind kind);

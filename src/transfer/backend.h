@@ -92,6 +92,8 @@ struct BackendLimits {
   PlanLimits plan;
   uint32_t max_inflight_messages = 256;
   uint64_t max_inflight_bytes = 32u << 20;
+  /// So many messages may be under way whatever their size.
+  uint32_t min_inflight_messages = 1;
   /// How much one peer may post before the others have their turn.
   uint64_t max_burst_bytes = 8u << 20;
 };
@@ -121,6 +123,11 @@ class Backend {
   virtual const std::string& provider() const = 0;
   virtual uint32_t rails() const { return 1; }
   virtual const BackendLimits& limits() const = 0;
+  /// The same for a peer with this address, where that makes a difference.
+  virtual BackendLimits limits_for(const std::string& address) const {
+    (void)address;
+    return limits();
+  }
   /// Between pools of which kind of memory it moves blocks.
   virtual bool moves(MemoryKind kind) const { return kind == MemoryKind::kHost; }
   /// One line for the log and /health.

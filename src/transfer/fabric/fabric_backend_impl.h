@@ -25,6 +25,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   const std::string& provider() const override { return provider_name_; }
   uint32_t rails() const override { return static_cast<uint32_t>(addresses_.size()); }
   const BackendLimits& limits() const override { return limits_; }
+  BackendLimits limits_for(const std::string& address) const override;
   std::string describe() const override;
   Result<std::unique_ptr<BackendRegion>> register_memory(std::span<std::byte> memory, MemoryKind kind) override;
   std::string address() const override { return control_->address(); }
@@ -59,6 +60,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   Status open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address);
   bool drain(fid_cq* queue, uint64_t* arrived);
   bool drain_all();
+  int64_t longest_wait_ns(std::vector<pollfd>& fds);
   void complete(Operation* operation, const Status& status);
   void read_error(fid_cq* queue);
   void recycle_orphans(size_t count);
@@ -104,6 +106,8 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   std::vector<std::pair<FabricLink*, Status>> failed_;
   bool queue_empty_ = true;
   int64_t last_event_ns_ = 0;
+  int64_t control_seen_ns_ = 0;
+  bool slept_ = false;
   uint64_t rail_failures_ = 0;
 };
 
