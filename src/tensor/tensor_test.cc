@@ -116,6 +116,43 @@ TEST(ThreadPool, ParallelForCoversTheRangeOnce) {
   }
 }
 
+TEST(ThreadPool, StreamForCoversTheRangeOnce) {
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    for (int64_t count : {0, 1, 2, 7, 64, 1000}) {
+      for (int job = 0; job < 200; ++job) {
+        std::vector<int> seen(static_cast<size_t>(count));
+        pool.stream_for(count, [&](int64_t begin, int64_t end, int thread) {
+          ASSERT_LT(begin, end);
+          ASSERT_LT(thread, threads);
+          for (int64_t i = begin; i < end; ++i) ++seen[static_cast<size_t>(i)];
+        });
+        for (int times : seen) ASSERT_EQ(times, 1);
+      }
+    }
+  }
+}
+
+TEST(ThreadPool, StreamForTakesOverWhatASlowThreadLeaves) {
+  ThreadPool pool(3);
+  std::atomic<int64_t> done{0};
+  constexpr int64_t kCount = 999;
+  std::vector<int> by(kCount, -1);
+  pool.stream_for(kCount, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) by[static_cast<size_t>(i)] = thread;
+    const int64_t all = done.fetch_add(end - begin) + end - begin;
+    done.notify_all();
+    // Thread 0's first piece, a quarter of its part, lasts until the others have done all the rest.
+    if (begin == 0) {
+      for (int64_t seen = all; seen < kCount; seen = done.load()) done.wait(seen);
+    }
+  });
+  EXPECT_EQ(done.load(), kCount);
+  EXPECT_EQ(by[0], 0);
+  EXPECT_NE(by[kCount / 3 - 1], 0);
+  EXPECT_EQ(std::count(by.begin(), by.end(), -1), 0);
+}
+
 TEST(ThreadPool, WakesAfterSleeping) {
   ThreadPool pool(4);
   std::atomic<int> total{0};

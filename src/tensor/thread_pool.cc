@@ -57,13 +57,51 @@ class SpinBudget {
   bool enabled_;
 };
 
+/// What is left of one thread's part, in a cache line of its own: while nobody steals, nobody else touches it.
+class alignas(64) Part {
+ public:
+  void set(uint64_t begin, uint64_t end) { value_.store(begin << 32 | end, std::memory_order_relaxed); }
+  uint64_t size() const { return size_of(value_.load(std::memory_order_relaxed)); }
+
+  /// The owner's next piece: a quarter of what is left, so that there is something to steal until the end.
+  bool take_front(int64_t* begin, int64_t* end) {
+    uint64_t now = value_.load(std::memory_order_relaxed);
+    while (size_of(now) > 0) {
+      const uint64_t piece = std::max<uint64_t>(1, size_of(now) / 4);
+      if (!value_.compare_exchange_weak(now, now + (piece << 32), std::memory_order_relaxed)) continue;
+      *begin = static_cast<int64_t>(now >> 32);
+      *end = *begin + static_cast<int64_t>(piece);
+      return true;
+    }
+    return false;
+  }
+
+  /// The back half, moved to `thief`, which is empty. (A part that looks as it did has lost nothing: work is handed out once.)
+  bool give_back_half(Part& thief) {
+    uint64_t now = value_.load(std::memory_order_relaxed);
+    while (size_of(now) > 0) {
+      const uint64_t half = (size_of(now) + 1) / 2;
+      if (!value_.compare_exchange_weak(now, now - half, std::memory_order_relaxed)) continue;
+      const uint64_t end = now & 0xffffffff;
+      thief.set(end - half, end);
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  static uint64_t size_of(uint64_t value) { return (value & 0xffffffff) - (value >> 32); }
+  std::atomic<uint64_t> value_{0};
+};
+
 }  // namespace
 
 /// One job at a time. The caller writes body_ and pending_, then raises generation_ (release); a worker that sees
 /// the new generation (acquire) may read them. Each worker lowers pending_ (release) when done; the caller
 /// returns when it reads 0 (acquire), so the effects of all bodies are visible to it.
 struct ThreadPool::Impl {
-  explicit Impl(int threads) : threads(threads), spin(threads <= usable_cpus()), caller_spin(spin) {
+  explicit Impl(int threads)
+      : threads(threads), spin(threads <= usable_cpus()), caller_spin(spin), parts(static_cast<size_t>(threads)) {
     workers.reserve(static_cast<size_t>(threads - 1));
     for (int i = 1; i < threads; ++i) {
       workers.emplace_back([this, i] { work(i); });
@@ -118,6 +156,7 @@ struct ThreadPool::Impl {
   const std::function<void(int, int)>* body = nullptr;
   alignas(64) std::atomic<uint32_t> generation{0};
   alignas(64) std::atomic<int> pending{0};
+  std::vector<Part> parts;
   std::vector<std::thread> workers;
 };
 
@@ -145,6 +184,24 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<
     }
   };
   impl_->run(std::cref(share));  // a reference fits into std::function without an allocation
+}
+
+void ThreadPool::stream_for(int64_t count, const std::function<void(int64_t, int64_t, int)>& body) {
+  BATON_CHECK(count >= 0 && count <= UINT32_MAX) << count;
+  if (count == 0) return;
+  std::vector<Part>& parts = impl_->parts;
+  const auto threads = static_cast<uint64_t>(impl_->threads), all = static_cast<uint64_t>(count);
+  for (uint64_t i = 0; i < threads; ++i) parts[i].set(all * i / threads, all * (i + 1) / threads);
+  const auto share = [&](int thread, int) {
+    Part& own = parts[static_cast<size_t>(thread)];
+    while (true) {
+      int64_t begin = 0, end = 0;
+      while (own.take_front(&begin, &end)) body(begin, end, thread);
+      auto richest = std::max_element(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.size() < b.size(); });
+      if (!richest->give_back_half(own) && richest->size() == 0) return;
+    }
+  };
+  impl_->run(std::cref(share));
 }
 
 }  // namespace baton

@@ -23,6 +23,10 @@ class ThreadPool {
   /// Calls body(begin, end, thread) over [0, count) in chunks of at most `grain`, handed out dynamically.
   void parallel_for(int64_t count, int64_t grain,
                     const std::function<void(int64_t begin, int64_t end, int thread)>& body);
+  /// Calls body(begin, end, thread) over [0, count), count < 2^32. Each thread walks one contiguous part front to back, in
+  /// several calls that follow each other, and only then takes from the back of what the others have left: for work
+  /// that streams from memory, where every jump costs.
+  void stream_for(int64_t count, const std::function<void(int64_t begin, int64_t end, int thread)>& body);
 
  private:
   struct Impl;

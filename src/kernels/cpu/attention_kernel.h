@@ -69,6 +69,16 @@ class TileAhead {
   int row_ = 0;
 };
 
+/// Fetches a task's first tile, which nothing has fetched ahead: all keys, then all values.
+inline void fetch_tile(const TileRows& tile, int head_dim) {
+  for (int part = 0; part < 2; ++part) {
+    for (int key = 0; key < tile.count; ++key) {
+      const char* const row = reinterpret_cast<const char*>(tile.k[key] + part * tile.v_offset);
+      for (int at = 0; at < head_dim * 2; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+}
+
 template <typename Isa>
 struct AttentionScratch {
   using Word = typename Isa::Word;
@@ -230,6 +240,7 @@ void attention_task(const AttentionTask& t) {
 
     if (begin < end) {
       gather_rows(t, begin, key_end, &tiles[0]);
+      if (segment == t.segment_begin) fetch_tile(tiles[0], d);
       gather_rows(t, min64(begin + kTileKeys, key_end - 1), key_end, &tiles[1]);
     }
     int turn = 0;

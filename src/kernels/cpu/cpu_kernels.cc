@@ -162,40 +162,25 @@ void CpuKernels::linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMa
                             .k_pairs = k_pairs,
                             .weights = matrix.words(),
                             .panel_begin = 0,
-                            .panel_end = matrix.panels(),
+                            .panel_end = 0,
                             .out_features = matrix.out_features(),
                             .bias = bias,
                             .accumulate = accumulate,
                             .y = y,
                             .scratch = nullptr};
-  // One long run of panels for each thread first (every new stream costs the memory half a microsecond), then guided
-  // down to single ones (so that threads finish together even when one of them lost its CPU for a while).
-  const auto first_run = [](int64_t panels, int thread_count) { return panels * 7 / (8 * thread_count); };
-  std::atomic<int64_t> next{threads_.threads() * first_run(whole.panel_end, threads_.threads())};
-  const auto share = [&](int thread, int thread_count) {
+  const auto panels = [&](int64_t begin, int64_t end, int thread) {
     LinearTask task = whole;
     const size_t scratch_bytes = static_cast<size_t>(rows * kPanelLanes) * sizeof(float);
     task.scratch = static_cast<float*>(thread_scratch_[static_cast<size_t>(thread)].reserve(scratch_bytes));
-    task.panel_begin = thread * first_run(whole.panel_end, thread_count);
-    task.panel_end = task.panel_begin + first_run(whole.panel_end, thread_count);
+    task.panel_begin = begin;
+    task.panel_end = end;
     ops_.linear(task);
-    int64_t begin = next.load(std::memory_order_relaxed);
-    while (begin < whole.panel_end) {
-      const int64_t run = std::max<int64_t>(1, (whole.panel_end - begin) / (2 * thread_count));
-      if (!next.compare_exchange_weak(begin, begin + run, std::memory_order_relaxed)) continue;
-      task.panel_begin = begin;
-      task.panel_end = begin + run;
-      ops_.linear(task);
-      begin = next.load(std::memory_order_relaxed);
-    }
   };
   if (rows * k_pairs * matrix.out_features() < kInlineElements) {
-    LinearTask task = whole;
-    task.scratch = static_cast<float*>(
-        thread_scratch_[0].reserve(static_cast<size_t>(rows * kPanelLanes) * sizeof(float)));
-    ops_.linear(task);
+    panels(0, matrix.panels(), 0);
   } else {
-    threads_.run(std::cref(share));
+    // Every new stream costs the memory half a microsecond, and a panel is a stream of microseconds.
+    threads_.stream_for(matrix.panels(), std::cref(panels));
   }
 }
 
