@@ -36,7 +36,9 @@ class PackedMatrix {
 };
 
 /// Where the KV cache of one layer lies. Block b starts at pool + b * block_stride_bytes; inside it
-/// K of this layer is [kv_heads][block_tokens][head_dim] bf16 at k_offset_bytes, V the same at v_offset_bytes.
+/// K of this layer is [kv_heads][head_dim / 2][block_tokens][2] bf16 at k_offset_bytes and V
+/// [kv_heads][block_tokens / 2][head_dim][2] at v_offset_bytes (the last token of an odd block is a plain [head_dim]): pairs
+/// along what is summed over, so that products of bf16 pairs (vdpbf16ps) take the cache as it lies.
 struct KvLayerView {
   std::byte* pool = nullptr;
   int64_t block_stride_bytes = 0;

@@ -286,11 +286,20 @@ struct Cache {
             .kv_heads = kv_heads,
             .head_dim = head_dim};
   }
-  bf16* slot(const std::vector<int32_t>& table, int64_t pos, int32_t head, bool value) {
+  bf16& at(const std::vector<int32_t>& table, int64_t pos, int32_t head, bool value, int32_t i) {
     std::byte* const block =
         view.pool + table[static_cast<size_t>(pos / view.block_tokens)] * view.block_stride_bytes;
-    auto* const base = reinterpret_cast<bf16*>(block + (value ? view.v_offset_bytes : view.k_offset_bytes));
-    return base + (int64_t{head} * view.block_tokens + pos % view.block_tokens) * view.head_dim;
+    auto* const base = reinterpret_cast<bf16*>(block + (value ? view.v_offset_bytes : view.k_offset_bytes)) +
+                       int64_t{head} * view.block_tokens * view.head_dim;
+    const int64_t slot = pos % view.block_tokens, d = view.head_dim;
+    if (!value) return base[(i / 2 * view.block_tokens + slot) * 2 + i % 2];
+    if (slot % 2 == 0 && slot + 1 == view.block_tokens) return base[slot * d + i];
+    return base[(slot / 2 * d + i) * 2 + slot % 2];
+  }
+  std::vector<bf16> head(const std::vector<int32_t>& table, int64_t pos, int32_t head, bool value) {
+    std::vector<bf16> result;
+    for (int32_t i = 0; i < view.head_dim; ++i) result.push_back(at(table, pos, head, value, i));
+    return result;
   }
   std::vector<bf16> memory;
   KvLayerView view;
@@ -380,8 +389,8 @@ TEST_P(KernelsTest, QkvMatchesReferenceAndWritesOnlyItsSlots) {
         for (int32_t h = 0; h < c.heads; ++h)
           expect_head(&q[static_cast<size_t>((row * c.heads + h) * d)], reference(row, h, pos));
         for (int32_t h = 0; h < c.kv_heads; ++h) {
-          expect_head(cache.slot(table, pos, h, false), reference(row, c.heads + h, pos));
-          expect_head(cache.slot(table, pos, h, true), reference(row, c.heads + c.kv_heads + h, pos));
+          expect_head(cache.head(table, pos, h, false).data(), reference(row, c.heads + h, pos));
+          expect_head(cache.head(table, pos, h, true).data(), reference(row, c.heads + c.kv_heads + h, pos));
           written += static_cast<size_t>(2 * d);
         }
       }
@@ -414,8 +423,10 @@ struct AttentionData {
     for (int32_t pos = 0; pos < c.context; ++pos) {
       for (int32_t h = 0; h < c.kv_heads; ++h) {
         const size_t at = static_cast<size_t>((pos * c.kv_heads + h) * c.head_dim);
-        std::memcpy(cache.slot(table, pos, h, false), &k[at], static_cast<size_t>(c.head_dim) * 2);
-        std::memcpy(cache.slot(table, pos, h, true), &v[at], static_cast<size_t>(c.head_dim) * 2);
+        for (int32_t i = 0; i < c.head_dim; ++i) {
+          cache.at(table, pos, h, false, i) = k[at + static_cast<size_t>(i)];
+          cache.at(table, pos, h, true, i) = v[at + static_cast<size_t>(i)];
+        }
       }
     }
   }
@@ -459,7 +470,7 @@ TEST_P(KernelsTest, AttentionMatchesReference) {
         std::vector<double> weights;
         double maximum = -1e300;
         for (int32_t key = lowest; key <= pos; ++key) {
-          const bf16* const k = data.cache.slot(data.table, key, h / group, false);
+          const std::vector<bf16> k = data.cache.head(data.table, key, h / group, false);
           double dot = 0;
           for (int32_t i = 0; i < d; ++i) dot += as_double(query[i]) * as_double(k[i]);
           weights.push_back(dot / std::sqrt(static_cast<double>(d)));
@@ -471,7 +482,7 @@ TEST_P(KernelsTest, AttentionMatchesReference) {
           double expected = 0;
           for (int32_t key = lowest; key <= pos; ++key) {
             expected += weights[static_cast<size_t>(key - lowest)] / sum *
-                        as_double(data.cache.slot(data.table, key, h / group, true)[i]);
+                        as_double(data.cache.at(data.table, key, h / group, true, i));
           }
           // Values are in [-1, 1]; weights and result are rounded to bf16.
           ASSERT_NEAR(as_double(out[static_cast<size_t>((pos * c.heads + h) * d + i)]), expected, 0.006)

@@ -103,7 +103,7 @@ Status BlockLayout::validate() const {
 
 std::string BlockLayout::fingerprint() const {
   return fmt::format(
-      "{} version={} order=layer,kv,head,token,dim dtype={} element_bytes={} layers={} kv_heads={} head_dim={} "
+      "{} version={} order=layer,kv,head,pairs dtype={} element_bytes={} layers={} kv_heads={} head_dim={} "
       "block_tokens={} model={}",
       kMagic, kVersion, escape(dtype), element_bytes, layers, kv_heads, head_dim, block_tokens, escape(model_id));
 }

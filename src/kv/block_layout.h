@@ -8,10 +8,11 @@
 namespace baton {
 
 /// How the KV cache of a model lies in memory. A block is `block_tokens` tokens of all layers, contiguous:
-///   [layer][K|V][kv_head][token][head_dim]
-/// so a whole block is one range, one layer of it is one range, and one head of it is a smaller one.
+///   [layer][K|V][kv_head][tokens' vectors]
+/// so a whole block is one range, one layer of it is one range, and one head of it is a smaller one. The order inside a head is
+/// the kernels' (KvLayerView): K as [head_dim / 2][token][2], V as [token / 2][head_dim][2].
 struct BlockLayout {
-  static constexpr int kVersion = 1;
+  static constexpr int kVersion = 2;  ///< 1 had [token][head_dim] in both
 
   std::string model_id;       ///< what both sides must agree on: name and a hash of config and weights' header
   int32_t layers = 0;

@@ -22,7 +22,7 @@ TEST(BlockLayout, SizesFollowFromTheShape) {
 
 TEST(BlockLayout, FingerprintIsReadable) {
   EXPECT_EQ(qwen().fingerprint(),
-            "baton-kv version=1 order=layer,kv,head,token,dim dtype=bf16 element_bytes=2 layers=28 kv_heads=8 "
+            "baton-kv version=2 order=layer,kv,head,pairs dtype=bf16 element_bytes=2 layers=28 kv_heads=8 "
             "head_dim=128 block_tokens=16 model=Qwen/Qwen3-0.6B@1234abcd");
   EXPECT_TRUE(qwen().check_compatible(qwen().fingerprint()).ok());
 }

@@ -7,16 +7,16 @@
 // at segment borders with the same bits. A masked key has P = 0 exactly and a tile without any visible key
 // leaves the state as it was, so a row doesn't notice which other rows shared its tile.
 //
-// Isa provides, with Word its packed element (a bf16 pair or a float) and kWordElements 2 or 1:
-//   V                                                                   vector of float32, see vector_kernels.h
-//   load_query(src, head_dim, Word* dst)                                one row, head_dim / kWordElements words
-//   pack_keys(const TileRows&, head_dim, Word* tile, ahead)             [head_dim / kWordElements][64]
-//   pack_values(const TileRows&, head_dim, padded, Word* tile, ahead)   [64 / kWordElements][padded]
-//   scores(q, q_stride, rows, tile, head_dim, float* s, ahead)          s [rows][64]
-//   store_weights(V a, V b, Word* dst)                                  2 * kWidth weights, in order
-//   weighted_sum(p, rows, count, tile, padded, corrections, float* o, ahead)   o[r] = o[r] * corrections[r] + p[r] V
+// Isa provides, with Word its element of a query (a bf16 pair or a float) and kWordElements 2 or 1:
+//   V                                                        vector of float32, see vector_kernels.h
+//   Products(tile, head_dim, Word* k, Word* v, ahead)        one tile, packed into k [head_dim / kWordElements][64] and
+//                                                            v [64 / kWordElements][padded] unless it can be used as it lies
+//     scores(q, q_stride, rows, float* s)                    s [rows][64]
+//     weighted_sum(p, rows, corrections, float* o)           o[r] = o[r] * corrections[r] + p[r] V
+//   load_query(src, head_dim, Word* dst)                     one row, head_dim / kWordElements words
+//   store_weights(V a, V b, Word* dst)                       2 * kWidth weights, in order
 // Keys from `count` of a tile on don't exist. Their scores may be anything: they are masked; their weights are 0, and
-// weighted_sum never meets a value that was not packed.
+// weighted_sum never meets a value that was not written.
 
 #include "kernels/cpu/vector_kernels.h"
 
@@ -27,57 +27,59 @@ inline constexpr float kMinusInfinity = -__builtin_inff();
 
 inline int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 
-/// Where the 64 keys of a tile lie. Those from `count` on don't exist; their pointers are valid but mean nothing.
-struct TileRows {
-  const uint16_t* k[kTileKeys];
-  int64_t v_offset;  // elements from a key to its value
+/// Where the 64 keys of a tile lie (KvLayerView has the order inside a block). Those from `count` on don't exist; their pointers
+/// are valid but mean nothing. When a block holds whole groups of 16 tokens, only those of 0, 16, 32 and 48 are set.
+struct Tile {
+  const uint16_t* keys[kTileKeys];    // element i of a key: keys[key][i / 2 * pair_stride + i % 2]
+  const uint16_t* values[kTileKeys];  // element i of a value: values[key][i * value_steps[key]]
+  uint8_t value_steps[kTileKeys];
+  int64_t pair_stride;
   int count;
+  bool grouped;
 };
 
 /// Fetches a later tile's keys, then its values, four lines per step, while the present tile is computed: blocks are
-/// scattered, so the hardware can't guess them. The two packing phases make head_dim / 2 steps each, which is one pass;
-/// during the products of a few rows (decode) the values are asked for again, because a full queue drops prefetches.
+/// scattered, so the hardware can't guess them. head_dim steps are a whole tile; then it does nothing.
 /// Two tiles ahead and in the order of memory was best by measurement (docs/performance.md).
 class TileAhead {
  public:
-  TileAhead(const TileRows& tile, int head_dim) : tile_(tile), row_bytes_(head_dim * 2) {}
-
-  inline __attribute__((always_inline)) void step() {
-    const char* const line = reinterpret_cast<const char*>(tile_.k[row_] + offset_) + at_;
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
-    at_ += 256;
-    if (at_ < row_bytes_) return;
-    at_ = 0;
-    if (++row_ == kTileKeys) {
-      row_ = 0;
-      offset_ = tile_.v_offset;
-    }
+  TileAhead(const Tile& tile, int head_dim) : tile_(&tile), lines_(head_dim / 2) {
+    left_ = tile.grouped ? (tile.count + 15) / 16 * 2 : 0;
+    next_run();
   }
 
-  /// Goes on where a copy of this stopped.
-  void resume(const TileAhead& copy) {
-    offset_ = copy.offset_;
-    at_ = copy.at_;
-    row_ = copy.row_;
+  inline __attribute__((always_inline)) void step() {
+    if (left_ == 0) return;
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(line_ + i * stride_, 0, 2);
+    line_ += 4 * stride_;
+    at_ += 4;
+    if (at_ >= lines_) {
+      --left_;
+      next_run();
+    }
+  }
+  void all() {
+    while (left_ > 0) step();
   }
 
  private:
-  const TileRows& tile_;
-  int64_t offset_ = 0;  // elements: 0 in the keys, then v_offset
-  int row_bytes_;
-  int at_ = 0;
-  int row_ = 0;
-};
-
-/// Fetches a task's first tile, which nothing has fetched ahead: all keys, then all values.
-inline void fetch_tile(const TileRows& tile, int head_dim) {
-  for (int part = 0; part < 2; ++part) {
-    for (int key = 0; key < tile.count; ++key) {
-      const char* const row = reinterpret_cast<const char*>(tile.k[key] + part * tile.v_offset);
-      for (int at = 0; at < head_dim * 2; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
+  /// Sixteen keys (or values) are one run: a line per pair of dimensions (or 16 tokens one behind the other).
+  void next_run() {
+    if (left_ == 0) return;
+    const int groups = (tile_->count + 15) / 16, run = 2 * groups - left_;
+    const bool keys = run < groups;
+    line_ = reinterpret_cast<const char*>(keys ? tile_->keys[16 * run] : tile_->values[16 * (run - groups)]);
+    stride_ = keys ? tile_->pair_stride * 2 : 64;
+    at_ = 0;
   }
-}
+
+  const Tile* tile_;
+  const char* line_ = nullptr;
+  int64_t stride_ = 0;  // bytes
+  int lines_;           // of a run
+  int at_ = 0;
+  int left_;            // runs
+};
 
 template <typename Isa>
 struct AttentionScratch {
@@ -188,49 +190,109 @@ inline float soften_row(float* s, int visible_begin, int visible_end, float scal
   return correction;
 }
 
-/// Finds the rows of the tile that begins at `tile_begin`; keys from `end` on don't exist.
-inline void gather_rows(const AttentionTask& t, int64_t tile_begin, int64_t end, TileRows* tile) {
-  tile->count = static_cast<int>(min64(kTileKeys, end - tile_begin));
-  tile->v_offset = t.v_offset;
-  int64_t block = tile_begin / t.block_tokens, in_block = tile_begin % t.block_tokens;
-  for (int i = 0; i < tile->count; ++block, in_block = 0) {
-    const uint16_t* row =
-        t.k_pool + t.block_table[block] * t.block_stride + t.kv_head * t.head_stride + in_block * t.head_dim;
-    const int stop = static_cast<int>(min64(i + t.block_tokens - in_block, tile->count));
-    for (; i < stop; ++i, row += t.head_dim) tile->k[i] = row;
+/// One tile of one head. They are computed head by head, so that all heads of a block are read before the next block.
+struct TileCursor {
+  int64_t tile;  // first key
+  int head;      // of the task
+
+  void next(const AttentionTask& t) {
+    if (++head < t.kv_heads) return;
+    head = 0;
+    tile += kTileKeys;
   }
-  for (int i = tile->count; i < kTileKeys; ++i) tile->k[i] = tile->k[0];
+};
+
+/// Keys from `end` on don't exist.
+inline void find_tile(const AttentionTask& t, const TileCursor& at, int64_t end, Tile* tile) {
+  tile->count = static_cast<int>(min64(kTileKeys, end - at.tile));
+  tile->grouped = t.block_tokens % 16 == 0;
+  tile->pair_stride = 2 * int64_t{t.block_tokens};
+  const uint16_t* const head = t.k_pool + (t.kv_head + at.head) * t.head_stride;
+  const int step = tile->grouped ? 16 : 1;
+  for (int i = 0; i < kTileKeys; i += step) {
+    if (i >= tile->count) {
+      tile->keys[i] = tile->keys[0];
+      tile->values[i] = tile->values[0];
+      continue;
+    }
+    const int64_t pos = at.tile + i, slot = pos % t.block_tokens;
+    const uint16_t* const keys = head + t.block_table[pos / t.block_tokens] * t.block_stride;
+    const bool alone = slot + 1 == t.block_tokens && slot % 2 == 0;
+    tile->keys[i] = keys + 2 * slot;
+    tile->values[i] = keys + t.v_offset + slot / 2 * 2 * t.head_dim + slot % 2;
+    tile->value_steps[i] = alone ? 1 : 2;
+  }
+}
+
+/// Where row `r` (of all heads) of a task lies in q and out, in elements.
+inline int64_t row_offset(const AttentionTask& t, int r) {
+  const int head_rows = static_cast<int>(t.token_end - t.token_begin) * t.group;
+  const int head = r / head_rows, in_head = r % head_rows;
+  return ((t.token_begin + in_head / t.group) * t.heads + (t.kv_head + head) * t.group + in_head % t.group) *
+         int64_t{t.head_dim};
+}
+
+/// One tile of one head, into the running state of that head's rows.
+template <typename Isa>
+void attention_tile(const AttentionTask& t, const AttentionScratch<Isa>& w, const TileCursor& at, const Tile& now,
+                    const Tile& later) {
+  const int group = t.group, d = t.head_dim, padded = padded_dim(d);
+  const int words = d / Isa::kWordElements, weights = kTileKeys / Isa::kWordElements;
+  const int first = at.head * static_cast<int>(t.token_end - t.token_begin) * group;
+  const int64_t tile = at.tile, first_pos = t.start_pos + t.token_begin;
+  // Rows are ordered by token, so those that see nothing of this tile are a prefix (causality) and a suffix
+  // (window).
+  const int64_t first_token = max64(0, tile - first_pos);
+  int64_t last_token = t.token_end - t.token_begin;
+  if (t.window > 0) last_token = min64(last_token, tile + kTileKeys - 1 + t.window - first_pos);
+  const int r0 = first + static_cast<int>(first_token) * group;
+  const int r1 = first + static_cast<int>(last_token) * group;
+  if (r0 >= r1) return;
+
+  const float scale = t.scale * 1.4426950408889634f;  // the softmax is in powers of two
+  TileAhead ahead(later, d);
+  typename Isa::Products products(now, d, w.k, w.v, ahead);
+  products.scores(w.q + int64_t{r0} * words, words, r1 - r0, w.s + int64_t{r0} * kTileKeys);
+  for (int r = r0; r < r1; ++r) {
+    const int64_t pos = first_pos + (r - first) / group;
+    const int64_t lowest = t.window > 0 ? pos - t.window + 1 : 0;
+    const int visible_begin = static_cast<int>(min64(max64(lowest - tile, 0), kTileKeys));
+    const int visible_end = static_cast<int>(min64(pos + 1 - tile, kTileKeys));
+    w.correction[r] = soften_row<Isa>(w.s + int64_t{r} * kTileKeys, visible_begin, visible_end, scale, &w.maximum[r],
+                                      &w.sum[r], w.p + int64_t{r} * weights);
+  }
+  products.weighted_sum(w.p + int64_t{r0} * weights, r1 - r0, w.correction + r0, w.o + int64_t{r0} * padded);
 }
 
 template <typename Isa>
 void attention_task(const AttentionTask& t) {
   using V = typename Isa::V;
-  const int group = t.group, d = t.head_dim, padded = padded_dim(d);
-  const int rows = static_cast<int>(t.token_end - t.token_begin) * group;
+  const int d = t.head_dim, padded = padded_dim(d);
+  const int rows = static_cast<int>(t.token_end - t.token_begin) * t.group * t.kv_heads;
   const int words = d / Isa::kWordElements;
   AttentionScratch<Isa> w;
   w.place(t.scratch, rows, d);
 
-  const int64_t row_stride = int64_t{t.heads} * d;
-  const auto row_offset = [&](int r) {
-    return (t.token_begin + r / group) * row_stride + (int64_t{t.kv_head} * group + r % group) * d;
-  };
-  for (int r = 0; r < rows; ++r) Isa::load_query(t.q + row_offset(r), d, w.q + int64_t{r} * words);
-
-  const int64_t first_pos = t.start_pos + t.token_begin;
   const int64_t key_end = t.start_pos + t.token_end;  // of the last token: its own key is visible
-  const int64_t key_begin = t.window > 0 ? max64(0, first_pos - t.window + 1) : 0;
-  const float scale = t.scale * 1.4426950408889634f;  // the softmax is in powers of two
+  const int64_t key_begin = t.window > 0 ? max64(0, t.start_pos + t.token_begin - t.window + 1) : 0;
+  Tile tiles[3];  // this one, the next, the one that is being fetched
+  TileCursor ahead = {max64(t.segment_begin * kSegmentKeys, key_begin / kTileKeys * kTileKeys), 0};
+  const int64_t task_end = min64(t.segment_end * kSegmentKeys, key_end);
+  for (int i = 0; i < 2; ++i, ahead.next(t)) {
+    if (ahead.tile >= task_end) break;
+    find_tile(t, ahead, key_end, &tiles[i]);
+    if (i == 0) TileAhead(tiles[0], d).all();
+  }
 
   for (int r = 0; r < rows; ++r) {
+    Isa::load_query(t.q + row_offset(t, r), d, w.q + int64_t{r} * words);
     w.total_maximum[r] = kMinusInfinity;
     w.total_sum[r] = 0;
   }
   for (int64_t i = 0; i < int64_t{rows} * padded; ++i) w.total[i] = 0;
-  TileRows tiles[3];  // this one, the next, the one that is being fetched
 
+  int turn = 0;
   for (int64_t segment = t.segment_begin; segment < t.segment_end; ++segment) {
-    const int64_t begin = max64(segment * kSegmentKeys, key_begin / kTileKeys * kTileKeys);
     const int64_t end = min64((segment + 1) * kSegmentKeys, key_end);
     for (int r = 0; r < rows; ++r) {
       w.maximum[r] = kMinusInfinity;
@@ -238,45 +300,17 @@ void attention_task(const AttentionTask& t) {
     }
     for (int64_t i = 0; i < int64_t{rows} * padded; ++i) w.o[i] = 0;
 
-    if (begin < end) {
-      gather_rows(t, begin, key_end, &tiles[0]);
-      if (segment == t.segment_begin) fetch_tile(tiles[0], d);
-      gather_rows(t, min64(begin + kTileKeys, key_end - 1), key_end, &tiles[1]);
-    }
-    int turn = 0;
-    for (int64_t tile = begin; tile < end; tile += kTileKeys) {
-      const TileRows& now = tiles[turn];
-      TileRows& later = tiles[(turn + 2) % 3];
-      if (tile + 2 * kTileKeys < key_end) {
-        gather_rows(t, tile + 2 * kTileKeys, key_end, &later);
+    for (TileCursor now = {max64(segment * kSegmentKeys, key_begin / kTileKeys * kTileKeys), 0}; now.tile < end;
+         now.next(t)) {
+      Tile& later = tiles[(turn + 2) % 3];
+      if (ahead.tile < task_end) {
+        find_tile(t, ahead, key_end, &later);
+        ahead.next(t);
       } else {
-        later = now;
+        later.count = 0;  // nothing to fetch
       }
+      attention_tile<Isa>(t, w, now, tiles[turn], later);
       turn = (turn + 1) % 3;
-      // Rows are ordered by token, so those that see nothing of this tile are a prefix (causality) and a suffix
-      // (window).
-      const int64_t first_token = max64(0, tile - first_pos);
-      int64_t last_token = t.token_end - t.token_begin;
-      if (t.window > 0) last_token = min64(last_token, tile + kTileKeys - 1 + t.window - first_pos);
-      const int r0 = static_cast<int>(first_token) * group;
-      const int r1 = static_cast<int>(last_token) * group;
-      if (r0 >= r1) continue;
-
-      TileAhead ahead(later, d);
-      Isa::pack_keys(now, d, w.k, ahead);
-      Isa::pack_values(now, d, padded, w.v, ahead);
-      Isa::scores(w.q + int64_t{r0} * words, words, r1 - r0, w.k, d, w.s + int64_t{r0} * kTileKeys, ahead);
-      for (int r = r0; r < r1; ++r) {
-        const int64_t pos = first_pos + r / group;
-        const int64_t lowest = t.window > 0 ? pos - t.window + 1 : 0;
-        const int visible_begin = static_cast<int>(min64(max64(lowest - tile, 0), kTileKeys));
-        const int visible_end = static_cast<int>(min64(pos + 1 - tile, kTileKeys));
-        w.correction[r] =
-            soften_row<Isa>(w.s + int64_t{r} * kTileKeys, visible_begin, visible_end, scale, &w.maximum[r], &w.sum[r],
-                            w.p + int64_t{r} * (kTileKeys / Isa::kWordElements));
-      }
-      Isa::weighted_sum(w.p + int64_t{r0} * (kTileKeys / Isa::kWordElements), r1 - r0, now.count, w.v, padded,
-                        w.correction + r0, w.o + int64_t{r0} * padded, ahead);
     }
     if (t.partial != nullptr) {
       const int stride = partial_stride(d);
@@ -295,7 +329,7 @@ void attention_task(const AttentionTask& t) {
   }
   if (t.partial != nullptr) return;
   for (int r = 0; r < rows; ++r) {
-    finish_row<V>(w.total + int64_t{r} * padded, w.total_sum[r], d, t.out + row_offset(r));
+    finish_row<V>(w.total + int64_t{r} * padded, w.total_sum[r], d, t.out + row_offset(t, r));
   }
 }
 
@@ -303,7 +337,7 @@ template <typename Isa>
 void attention_merge_task(const AttentionTask& t) {
   using V = typename Isa::V;
   const int d = t.head_dim, padded = padded_dim(d), stride = partial_stride(d);
-  const int rows = static_cast<int>(t.token_end - t.token_begin) * t.group;
+  const int rows = static_cast<int>(t.token_end - t.token_begin) * t.group * t.kv_heads;
   alignas(64) float total[kMaxHeadDim];
   for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < padded; ++i) total[i] = 0;
@@ -312,9 +346,7 @@ void attention_merge_task(const AttentionTask& t) {
       const float* const state = t.partial + ((segment - t.segment_begin) * rows + r) * stride;
       merge_row<V>(state, state[padded], state[padded + 1], padded, total, &maximum, &sum);
     }
-    uint16_t* const out = t.out + (t.token_begin + r / t.group) * int64_t{t.heads} * d +
-                          (int64_t{t.kv_head} * t.group + r % t.group) * d;
-    finish_row<V>(total, sum, d, out);
+    finish_row<V>(total, sum, d, t.out + row_offset(t, r));
   }
 }
 

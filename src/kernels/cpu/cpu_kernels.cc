@@ -129,7 +129,8 @@ class CpuKernels final : public Kernels {
 
   void linear_chunk(const uint16_t* x, int64_t rows, const CpuPackedMatrix& matrix, const float* bias,
                     bool accumulate, float* y);
-  void add_attention_tasks(const AttentionArgs& args, const SequenceSlice& sequence);
+  void add_attention_tasks(const AttentionArgs& args, const SequenceSlice& sequence, int heads_per_task);
+  int heads_per_task(const AttentionArgs& args) const;
   void split_attention_tasks();
 
   const IsaOps& ops_;
@@ -139,7 +140,7 @@ class CpuKernels final : public Kernels {
   std::vector<Scratch> thread_scratch_;
   struct RowPlace {
     int64_t pos;
-    int64_t slot;  // elements from the layer's K (V) of block 0, head 0
+    int64_t block;  // elements from the layer's K (V) of block 0, head 0
   };
   std::vector<RowPlace> places_;
   std::vector<AttentionTask> tasks_;
@@ -199,13 +200,14 @@ void CpuKernels::qkv_rope_kv_write(const QkvArgs& args, bf16* q_out) {
       const int64_t pos = int64_t{sequence.start_pos} + i;
       const int64_t block = sequence.block_table[pos / kv.block_tokens];
       places_[static_cast<size_t>(sequence.first_row + i)] = {
-          pos, block * kv.block_stride_bytes / 2 + pos % kv.block_tokens * d};
+          pos, block * kv.block_stride_bytes / 2};
     }
   }
   const int64_t width = (args.heads + 2 * int64_t{kv.kv_heads}) * d;
   for_rows(args.rows, width, [&](int64_t row) {
     const RowPlace place = places_[static_cast<size_t>(row)];
     if (place.pos < 0) return;  // padding that belongs to no sequence
+    const int64_t slot = place.pos % kv.block_tokens;
     const QkvRow task = {
         .qkv = args.qkv + row * width,
         .bias = args.bias,
@@ -218,15 +220,17 @@ void CpuKernels::qkv_rope_kv_write(const QkvArgs& args, bf16* q_out) {
         .kv_heads = kv.kv_heads,
         .head_dim = kv.head_dim,
         .q_out = bits_of(q_out) + row * args.heads * d,
-        .k_out = reinterpret_cast<uint16_t*>(kv.pool + kv.k_offset_bytes) + place.slot,
-        .v_out = reinterpret_cast<uint16_t*>(kv.pool + kv.v_offset_bytes) + place.slot,
+        .k_out = reinterpret_cast<uint16_t*>(kv.pool + kv.k_offset_bytes) + place.block + 2 * slot,
+        .v_out = reinterpret_cast<uint16_t*>(kv.pool + kv.v_offset_bytes) + place.block + slot / 2 * 2 * d + slot % 2,
         .kv_head_stride = kv.block_tokens * d,
+        .k_pair_stride = 2 * int64_t{kv.block_tokens},
+        .v_step = slot + 1 == kv.block_tokens && slot % 2 == 0 ? 1 : 2,
     };
     ops_.qkv_row(task);
   });
 }
 
-void CpuKernels::add_attention_tasks(const AttentionArgs& args, const SequenceSlice& sequence) {
+void CpuKernels::add_attention_tasks(const AttentionArgs& args, const SequenceSlice& sequence, int heads_per_task) {
   const KvLayerView& kv = args.kv;
   const int group = args.heads / kv.kv_heads;
   const int64_t tokens_per_task = std::max<int64_t>(1, kAttentionRows / group);
@@ -252,11 +256,27 @@ void CpuKernels::add_attention_tasks(const AttentionArgs& args, const SequenceSl
     const int64_t first_key = task.window > 0 ? std::max<int64_t>(0, task.start_pos + begin - task.window + 1) : 0;
     task.segment_begin = first_key / kSegmentKeys;
     task.segment_end = (task.start_pos + task.token_end + kSegmentKeys - 1) / kSegmentKeys;
-    for (int32_t head = 0; head < kv.kv_heads; ++head) {
+    const int64_t rows = (task.token_end - task.token_begin) * group;
+    const int heads = std::clamp<int>(static_cast<int>(kAttentionRows / rows), 1, heads_per_task);
+    for (int32_t head = 0; head < kv.kv_heads; head += heads) {
       task.kv_head = head;
+      task.kv_heads = std::min(heads, kv.kv_heads - head);
       tasks_.push_back(task);
     }
   }
+}
+
+/// With few rows (decode) attention is a matter of reading: the more heads of a block one task reads, the longer the runs of
+/// memory. As many as leave two tasks for each thread, counting that they can be cut at segment borders.
+int CpuKernels::heads_per_task(const AttentionArgs& args) const {
+  int64_t segments = 0;
+  for (const SequenceSlice& sequence : args.sequences) {
+    const int64_t keys = int64_t{sequence.start_pos} + sequence.rows;
+    const int64_t seen = args.sliding_window > 0 ? std::min<int64_t>(keys, args.sliding_window + sequence.rows) : keys;
+    segments += (seen + kSegmentKeys - 1) / kSegmentKeys;
+  }
+  const int64_t wanted = int64_t{2} * threads_.threads();
+  return static_cast<int>(std::clamp<int64_t>(segments * args.kv.kv_heads / wanted, 1, args.kv.kv_heads));
 }
 
 /// When there are too few tasks to go round (one sequence, few heads, many cores), those with few rows are cut at
@@ -266,12 +286,14 @@ void CpuKernels::split_attention_tasks() {
   const int64_t wanted = int64_t{4} * threads_.threads();
   const int64_t whole_tasks = static_cast<int64_t>(tasks_.size());
   if (threads_.threads() == 1 || whole_tasks >= wanted) return;
+  const auto rows = [](const AttentionTask& task) {
+    return (task.token_end - task.token_begin) * task.group * task.kv_heads;
+  };
   const auto can_split = [](const AttentionTask& task) {
     return (task.token_end - task.token_begin) * task.group <= 16 && task.segment_end - task.segment_begin > 1;
   };
-  const auto partial_floats = [](const AttentionTask& task) {
-    return (task.segment_end - task.segment_begin) * (task.token_end - task.token_begin) * task.group *
-           partial_stride(task.head_dim);
+  const auto partial_floats = [&](const AttentionTask& task) {
+    return (task.segment_end - task.segment_begin) * rows(task) * partial_stride(task.head_dim);
   };
   int64_t floats = 0;
   for (const AttentionTask& task : tasks_) {
@@ -308,13 +330,14 @@ void CpuKernels::attention(const AttentionArgs& args) {
   BATON_CHECK(validate_attention_shape(args.heads, kv.kv_heads, kv.head_dim).ok())
       << validate_attention_shape(args.heads, kv.kv_heads, kv.head_dim).to_string();
   tasks_.clear();
-  for (const SequenceSlice& sequence : args.sequences) add_attention_tasks(args, sequence);
+  const int heads = heads_per_task(args);
+  for (const SequenceSlice& sequence : args.sequences) add_attention_tasks(args, sequence, heads);
   if (tasks_.empty()) return;
   split_attention_tasks();
 
   // The longest first, so that no thread begins a long one when the others are done.
   const auto cost = [](const AttentionTask& task) {
-    return (task.segment_end - task.segment_begin) * (task.token_end - task.token_begin);
+    return (task.segment_end - task.segment_begin) * (task.token_end - task.token_begin) * task.kv_heads;
   };
   std::sort(tasks_.begin(), tasks_.end(),
             [&](const AttentionTask& a, const AttentionTask& b) { return cost(a) > cost(b); });

@@ -133,31 +133,43 @@ struct FloatAttention {
   static void load_query(const uint16_t* src, int head_dim, float* dst) {
     for (int i = 0; i < head_dim; ++i) dst[i] = widen(src[i]);
   }
-  static void pack_keys(const TileRows& now, int head_dim, float* tile, TileAhead& ahead) {
-    for (int key = 0; key < kTileKeys; ++key) {
-      for (int i = 0; i < head_dim; i += 64) ahead.step();
-      for (int i = 0; i < head_dim; ++i) tile[i * kTileKeys + key] = key < now.count ? widen(now.k[key][i]) : 0.0f;
+  struct Products {
+    Products(const Tile& tile, int head_dim, float* k, float* v, TileAhead& ahead)
+        : k_(k), v_(v), head_dim_(head_dim), padded_(padded_dim(head_dim)) {
+      for (int key = 0; key < kTileKeys; ++key) {
+        for (int i = 0; i < head_dim; i += 64) ahead.step();
+        const bool exists = key < tile.count;
+        const int group = tile.grouped ? key & ~15 : key, in_group = key - group;
+        const uint16_t* const from = tile.keys[group] + 2 * in_group;
+        for (int i = 0; i < head_dim; ++i) {
+          k[i * kTileKeys + key] = exists ? widen(from[i / 2 * tile.pair_stride + i % 2]) : 0.0f;
+        }
+      }
+      for (int key = 0; key < kTileKeys; ++key) {
+        for (int i = 0; i < head_dim; i += 64) ahead.step();
+        const int group = tile.grouped ? key & ~15 : key, in_group = key - group;
+        const uint16_t* const from = tile.values[group] + int64_t{in_group} / 2 * 2 * head_dim + in_group % 2;
+        const int step = tile.value_steps[group];
+        float* const line = v + int64_t{key} * padded_;
+        const int count = key < tile.count ? head_dim : 0;
+        for (int i = 0; i < count; ++i) line[i] = widen(from[i * step]);
+        for (int i = count; i < padded_; ++i) line[i] = 0;
+      }
     }
-  }
-  static void pack_values(const TileRows& now, int head_dim, int padded, float* tile, TileAhead& ahead) {
-    for (int key = 0; key < kTileKeys; ++key) {
-      for (int i = 0; i < head_dim; i += 64) ahead.step();
-      float* const line = tile + int64_t{key} * padded;
-      const int count = key < now.count ? head_dim : 0;
-      for (int i = 0; i < count; ++i) line[i] = widen(now.k[key][now.v_offset + i]);
-      for (int i = count; i < padded; ++i) line[i] = 0;
+    void scores(const float* q, int q_stride, int rows, float* s) const {
+      matrix_product_f32<V>(q, q_stride, rows, k_, kTileKeys, head_dim_, nullptr, s, kTileKeys, kTileKeys);
     }
-  }
-  static void scores(const float* q, int q_stride, int rows, const float* tile, int head_dim, float* s, TileAhead&) {
-    matrix_product_f32<V>(q, q_stride, rows, tile, kTileKeys, head_dim, nullptr, s, kTileKeys, kTileKeys);
-  }
+    void weighted_sum(const float* p, int rows, const float* corrections, float* o) const {
+      matrix_product_f32<V>(p, kTileKeys, rows, v_, padded_, kTileKeys, corrections, o, padded_, padded_);
+    }
+
+   private:
+    const float *k_, *v_;
+    int head_dim_, padded_;
+  };
   static void store_weights(V a, V b, float* dst) {
     V::store(dst, a);
     V::store(dst + V::kWidth, b);
-  }
-  static void weighted_sum(const float* p, int rows, int, const float* tile, int padded, const float* corrections,
-                           float* o, TileAhead&) {
-    matrix_product_f32<V>(p, kTileKeys, rows, tile, padded, kTileKeys, corrections, o, padded, padded);
   }
 };
 

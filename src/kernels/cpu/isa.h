@@ -54,10 +54,13 @@ struct QkvRow {
   uint16_t* k_out = nullptr;  // head 0's slot; head h's lies h * kv_head_stride elements further
   uint16_t* v_out = nullptr;
   int64_t kv_head_stride = 0;
+  int64_t k_pair_stride = 0;  // elements from one pair of dimensions to the next
+  int v_step = 0;             // elements from one dimension to the next
 };
 
-/// Query tokens [token_begin, token_end) of one sequence against one KV head, over segments
-/// [segment_begin, segment_end). Row r of the task is token r / group, head kv_head * group + r % group.
+/// Query tokens [token_begin, token_end) of one sequence against KV heads [kv_head, kv_head + kv_heads), over segments
+/// [segment_begin, segment_end). Row r of KV head h is token r / group, head h * group + r % group. Several heads make
+/// longer runs of memory: they lie one behind the other in a block.
 struct AttentionTask {
   const uint16_t* q = nullptr;  // first row of the sequence, [rows, heads, head_dim]
   uint16_t* out = nullptr;
@@ -65,13 +68,14 @@ struct AttentionTask {
   int group = 0;  // query heads per KV head
   int head_dim = 0;
   int kv_head = 0;
+  int kv_heads = 1;
   float scale = 0;
   int64_t window = 0;  // 0: none
   int64_t start_pos = 0;
   int64_t token_begin = 0;
   int64_t token_end = 0;
   const uint16_t* k_pool = nullptr;  // layer's K of block 0, kv_head 0
-  int64_t v_offset = 0;              // elements from a key to its value
+  int64_t v_offset = 0;              // elements from a head's K to its V
   int64_t block_stride = 0;          // elements
   int64_t head_stride = 0;           // elements: block_tokens * head_dim
   int block_tokens = 0;
@@ -79,7 +83,7 @@ struct AttentionTask {
   int64_t segment_begin = 0;
   int64_t segment_end = 0;
   /// Null: the result is final and goes to `out`. Else the unmerged state of every segment is written:
-  /// [segment - segment_begin][row][head_dim_padded + 2] floats (sums, maximum, normaliser).
+  /// [segment - segment_begin][head][row][head_dim_padded + 2] floats (sums, maximum, normaliser).
   float* partial = nullptr;
   void* scratch = nullptr;  // attention_scratch_bytes(), 64-byte aligned, of the running thread
 };
@@ -97,6 +101,7 @@ struct IsaOps {
   void (*silu_mul)(const float* gate, const float* up, int64_t count, uint16_t* out) = nullptr;
   void (*qkv_row)(const QkvRow& row) = nullptr;
 
+  /// `rows`: of all heads of the task.
   size_t (*attention_scratch_bytes)(int rows, int head_dim) = nullptr;
   void (*attention)(const AttentionTask& task) = nullptr;
   /// Merges `segments` states of a task (in order) and writes its rows to task.out.

@@ -191,13 +191,17 @@ void linear_bf16(const LinearTask& t) {
 
 // --------------------------------------------------------------------------------------------- attention
 
-/// c[r] = c[r] * scale[r] + a[r] B, or a[r] B when scale is null. a [rows][depth] pairs, b [depth][b_stride] pairs.
+/// c[r] = c[r] * scale[r] + a[r] B, or a[r] B when scale is null. a [rows][depth] pairs, c [rows][c_stride].
+/// B's step kk is, in vectors of 16 pairs, at b[kk / run][v] + kk % run * b_stride; of the last step only the even halves
+/// exist when `half_step`.
 struct PairProduct {
   const uint32_t* a;
   int64_t a_stride;
-  const uint32_t* b;
+  const uint32_t* b[4][4];
   int64_t b_stride;
-  int64_t depth;
+  int run;
+  int depth;
+  bool half_step;
   const float* scale;
   float* c;
   int64_t c_stride;
@@ -218,19 +222,39 @@ inline void pair_product(const PairProduct& t, int64_t row, TileAhead& prefetch)
     }
   }
   TileAhead ahead = prefetch;  // a copy, so that it lives in registers
-  for (int64_t kk = 0; kk < t.depth; ++kk) {
-    if constexpr (kRows <= 4) ahead.step();
-    __m512i lanes[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) lanes[v] = _mm512_loadu_si512(t.b + kk * t.b_stride + v * 16);
+  const auto step = [&](int kk, const __m512i(&lanes)[kVectors]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const __m512i pair = broadcast_pair(a + r * t.a_stride + kk);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[r][v] = dot_pairs(acc[r][v], pair, lanes[v]);
     }
+  };
+  const int whole = t.depth - (t.half_step ? 1 : 0);
+  for (int begin = 0; begin < t.depth; begin += t.run) {
+    const uint32_t* b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = t.b[begin / t.run][v];
+    const int end = begin + t.run < whole ? begin + t.run : whole;
+    __m512i lanes[kVectors];
+    for (int kk = begin; kk < end; ++kk) {
+      ahead.step();
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        lanes[v] = _mm512_loadu_si512(b[v]);
+        b[v] += t.b_stride;
+      }
+      step(kk, lanes);
+    }
+    if (t.half_step && begin + t.run >= t.depth) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        lanes[v] = _mm512_and_si512(_mm512_loadu_si512(b[v]), _mm512_set1_epi32(0xffff));
+      }
+      step(t.depth - 1, lanes);
+    }
   }
-  prefetch.resume(ahead);
+  prefetch = ahead;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -239,9 +263,7 @@ inline void pair_product(const PairProduct& t, int64_t row, TileAhead& prefetch)
 }
 
 template <int kVectors>
-inline void pair_product_rows(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
-                              int64_t depth, const float* scale, float* c, int64_t c_stride, TileAhead& ahead) {
-  const PairProduct t = {a, a_stride, b, b_stride, depth, scale, c, c_stride};
+inline void pair_product_rows(const PairProduct& t, int64_t rows, TileAhead& ahead) {
   int64_t r = 0;
   for (; r + 6 <= rows; r += 6) pair_product<6, kVectors>(t, r, ahead);
   switch (rows - r) {
@@ -254,38 +276,6 @@ inline void pair_product_rows(const uint32_t* a, int64_t a_stride, int64_t rows,
   }
 }
 
-/// Rows (of 32-bit words) become columns, in registers: 16 x 16, in four rounds of 16 shuffles.
-inline void transpose_16x16(__m512i (&m)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(m[2 * i], m[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(m[2 * i], m[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    m[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    m[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    m[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    m[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  // m[4i + j] holds, in its four 128-bit parts p, column 4p + j of rows 4i..4i+3.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    t[j] = _mm512_shuffle_i32x4(m[j], m[4 + j], 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(m[8 + j], m[12 + j], 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(m[j], m[4 + j], 0xdd);
-    t[12 + j] = _mm512_shuffle_i32x4(m[8 + j], m[12 + j], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    m[j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88);
-    m[8 + j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
-    m[4 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
-    m[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
-  }
-}
-
 struct PairAttention {
   using V = VecAvx512;
   using Word = uint32_t;
@@ -295,97 +285,83 @@ struct PairAttention {
     __builtin_memcpy(dst, src, static_cast<size_t>(head_dim) * 2);
   }
 
-  static void pack_keys(const TileRows& now, int head_dim, uint32_t* tile, TileAhead& ahead) {
-    const int words = head_dim / 2;
-    if (now.count == kTileKeys && words % 16 == 0) {
-      pack_keys_of<true>(now, words, tile, ahead);
-    } else {
-      pack_keys_of<false>(now, words, tile, ahead);
-    }
-  }
-
-  /// kFull: all keys exist and a row is whole vectors.
-  template <bool kFull>
-  static void pack_keys_of(const TileRows& now, int words, uint32_t* tile, TileAhead& ahead) {
-    for (int key = 0; key < (kFull ? kTileKeys : now.count); key += 16) {
-      for (int word = 0; word < words; word += 16) {
-        const __mmask16 mask = VecAvx512::part_mask(words - word);
-        __m512i m[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          const __mmask16 row_mask = key + i < now.count ? mask : static_cast<__mmask16>(0);
-          m[i] = kFull ? _mm512_loadu_si512(now.k[key + i] + 2 * word)
-                       : _mm512_maskz_loadu_epi32(row_mask, now.k[key + i] + 2 * word);
-          if (i % 4 == 3) ahead.step();
+  /// Blocks of whole groups of 16 tokens are used where they lie; others are packed first.
+  class Products {
+   public:
+    Products(const Tile& tile, int head_dim, uint32_t* k, uint32_t* v, TileAhead& ahead)
+        : tile_(tile), words_(head_dim / 2), padded_(padded_dim(head_dim)), ahead_(ahead) {
+      if (tile.grouped && head_dim % 16 == 0) {
+        for (int g = 0; g < 4; ++g) {
+          keys_[g] = reinterpret_cast<const uint32_t*>(tile.keys[16 * g]);
+          values_[g] = reinterpret_cast<const uint32_t*>(tile.values[16 * g]);
         }
-        transpose_16x16(m);
-        const int count = kFull || words - word >= 16 ? 16 : words - word;
-        uint32_t* const out = tile + word * kTileKeys + key;
-        if (count == 16) {
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * kTileKeys, m[i]);
-        } else {
-          for (int i = 0; i < count; ++i) _mm512_storeu_si512(out + i * kTileKeys, m[i]);
+        key_stride_ = tile.pair_stride / 2;
+        return;
+      }
+      pack(head_dim, k, v);
+      for (int g = 0; g < 4; ++g) {
+        keys_[g] = k + 16 * g;
+        values_[g] = v + int64_t{8} * g * padded_;
+      }
+      key_stride_ = kTileKeys;
+    }
+
+    void scores(const uint32_t* q, int q_stride, int rows, float* s) {
+      PairProduct t = {.a = q, .a_stride = q_stride, .b = {}, .b_stride = key_stride_, .run = words_, .depth = words_,
+                       .half_step = false, .scale = nullptr, .c = s, .c_stride = kTileKeys};
+      for (int v = 0; v < 4; ++v) t.b[0][v] = keys_[v];
+      pair_product_rows<4>(t, rows, ahead_);
+    }
+
+    void weighted_sum(const uint32_t* p, int rows, const float* corrections, float* o) {
+      PairProduct t = {.a = p, .a_stride = kTileKeys / 2, .b = {}, .b_stride = padded_, .run = 8,
+                       .depth = (tile_.count + 1) / 2, .half_step = tile_.count % 2 != 0, .scale = corrections,
+                       .c = o, .c_stride = padded_};
+      const auto columns = [&](auto product, int column) {
+        for (int g = 0; g < 4; ++g) {
+          for (int v = 0; v < 4; ++v) t.b[g][v] = values_[g] + column + 16 * v;
+        }
+        t.c = o + column;
+        product(t, rows, ahead_);
+      };
+      int column = 0;
+      for (; column + 64 <= padded_; column += 64) columns(pair_product_rows<4>, column);
+      switch ((padded_ - column) / 16) {
+        case 1: return columns(pair_product_rows<1>, column);
+        case 2: return columns(pair_product_rows<2>, column);
+        case 3: return columns(pair_product_rows<3>, column);
+        default: return;
+      }
+    }
+
+   private:
+    /// k [words][64], v [32][padded], nothing but zeros where nothing was written.
+    void pack(int head_dim, uint32_t* k, uint32_t* v) {
+      for (int key = 0; key < kTileKeys; ++key) {
+        const int group = tile_.grouped ? key & ~15 : key, in_group = key - group;
+        const bool exists = key < tile_.count;
+        const uint16_t* const from = tile_.keys[group] + 2 * in_group;
+        for (int word = 0; word < words_; ++word) {
+          if (exists) __builtin_memcpy(k + word * kTileKeys + key, from + word * tile_.pair_stride, 4);
+        }
+        const uint16_t* const value = tile_.values[group] + int64_t{in_group} / 2 * 2 * head_dim + in_group % 2;
+        uint16_t* const line = reinterpret_cast<uint16_t*>(v + int64_t{key} / 2 * padded_) + key % 2;
+        for (int i = 0; i < padded_; ++i) {
+          line[2 * i] = exists && i < head_dim ? value[i * tile_.value_steps[group]] : uint16_t{0};
         }
       }
     }
-  }
 
-  static void pack_values(const TileRows& now, int head_dim, int padded, uint32_t* tile, TileAhead& ahead) {
-    if (now.count == kTileKeys && head_dim % 32 == 0) {
-      pack_values_of<true>(now, head_dim, padded, tile, ahead);
-    } else {
-      pack_values_of<false>(now, head_dim, padded, tile, ahead);
-    }
-  }
-
-  template <bool kFull>
-  static void pack_values_of(const TileRows& now, int head_dim, int padded, uint32_t* tile, TileAhead& ahead) {
-    // Interleave elements 0..15 (16..31) of two rows; index 32 + i is element i of the second.
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int key = 0; key < (kFull ? kTileKeys : now.count); key += 2) {
-      uint32_t* const out = tile + key / 2 * padded;
-      const uint16_t* const even_row = now.k[key] + now.v_offset;
-      const uint16_t* const odd_row = now.k[key + 1] + now.v_offset;
-      for (int i = 0; i < head_dim; i += 64) ahead.step();
-      for (int i = 0; i < padded; i += 32) {
-        const __mmask32 mask = head_dim - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (head_dim - i)) - 1;
-        const __m512i even = kFull ? _mm512_loadu_si512(even_row + i)
-                                   : _mm512_maskz_loadu_epi16(key < now.count ? mask : __mmask32{0}, even_row + i);
-        const __m512i odd = kFull ? _mm512_loadu_si512(odd_row + i)
-                                  : _mm512_maskz_loadu_epi16(key + 1 < now.count ? mask : __mmask32{0}, odd_row + i);
-        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(even, low, odd));
-        if (i + 16 < padded) _mm512_storeu_si512(out + i + 16, _mm512_permutex2var_epi16(even, high, odd));
-      }
-    }
-  }
-
-  static void scores(const uint32_t* q, int q_stride, int rows, const uint32_t* tile, int head_dim, float* s,
-                     TileAhead& ahead) {
-    pair_product_rows<4>(q, q_stride, rows, tile, kTileKeys, head_dim / 2, nullptr, s, kTileKeys, ahead);
-  }
+    const Tile& tile_;
+    const uint32_t* keys_[4];    // 16 keys each: [words][key_stride_]
+    const uint32_t* values_[4];  // 8 pairs of values each: [8][padded]
+    int64_t key_stride_ = 0;
+    int words_, padded_;
+    TileAhead& ahead_;
+  };
 
   static void store_weights(V a, V b, uint32_t* dst) {
     _mm512_storeu_si512(dst, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
-  }
-
-  static void weighted_sum(const uint32_t* p, int rows, int count, const uint32_t* tile, int padded,
-                           const float* corrections, float* o, TileAhead& ahead) {
-    constexpr int kStride = kTileKeys / 2;
-    const int depth = (count + 1) / 2;
-    const auto columns = [&](auto product, int column) {
-      product(p, kStride, rows, tile + column, padded, depth, corrections, o + column, padded, ahead);
-    };
-    int column = 0;
-    for (; column + 64 <= padded; column += 64) columns(pair_product_rows<4>, column);
-    switch ((padded - column) / 16) {
-      case 1: return columns(pair_product_rows<1>, column);
-      case 2: return columns(pair_product_rows<2>, column);
-      case 3: return columns(pair_product_rows<3>, column);
-      default: return;
-    }
   }
 };
 

@@ -108,6 +108,7 @@ inline void rotate_head(const float* tmp, const float* cos, const float* sin, in
 template <typename V>
 void qkv_one_row(const QkvRow& row) {
   alignas(64) float tmp[kMaxHeadDim];
+  alignas(64) uint16_t bits[kMaxHeadDim];
   const int d = row.head_dim;
   const auto bias_of = [&](int head) { return row.bias == nullptr ? nullptr : row.bias + int64_t{head} * d; };
   for (int h = 0; h < row.heads; ++h) {
@@ -117,16 +118,19 @@ void qkv_one_row(const QkvRow& row) {
   for (int h = 0; h < row.kv_heads; ++h) {
     const int source = row.heads + h;
     prepare_head<V>(row.qkv + int64_t{source} * d, bias_of(source), row.k_norm, row.norm_eps, d, tmp);
-    rotate_head<V>(tmp, row.cos, row.sin, d, row.k_out + h * row.kv_head_stride);
+    rotate_head<V>(tmp, row.cos, row.sin, d, bits);
+    uint16_t* const out = row.k_out + h * row.kv_head_stride;
+    for (int i = 0; i < d; i += 2) __builtin_memcpy(out + i / 2 * row.k_pair_stride, bits + i, 4);
   }
   for (int h = 0; h < row.kv_heads; ++h) {
     const int source = row.heads + row.kv_heads + h;
     prepare_head<V>(row.qkv + int64_t{source} * d, bias_of(source), nullptr, 0, d, tmp);
-    uint16_t* const out = row.v_out + h * row.kv_head_stride;
     for (int i = 0; i < d; i += V::kWidth) {
       const int64_t n = min64(V::kWidth, d - i);
-      V::store_bf16_part(out + i, V::load_part(tmp + i, n), n);
+      V::store_bf16_part(bits + i, V::load_part(tmp + i, n), n);
     }
+    uint16_t* const out = row.v_out + h * row.kv_head_stride;
+    for (int i = 0; i < d; ++i) out[i * row.v_step] = bits[i];
   }
 }
 
