@@ -33,9 +33,9 @@ struct Tile {
   const uint16_t* keys[kTileKeys];    // element i of a key: keys[key][i / 2 * pair_stride + i % 2]
   const uint16_t* values[kTileKeys];  // element i of a value: values[key][i * value_steps[key]]
   uint8_t value_steps[kTileKeys];
-  int64_t pair_stride;
-  int count;
-  bool grouped;
+  int64_t pair_stride = 0;
+  int count = 0;
+  bool grouped = false;
 };
 
 /// Fetches a later tile's keys, then its values, four lines per step, while the present tile is computed: blocks are
