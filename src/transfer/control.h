@@ -123,7 +123,8 @@ class ControlPlane {
     /// A writer wants in (epochs and fences are checked already). An error is sent to it as the reason.
     virtual Result<Welcome> on_inbound(Id id, const Hello& hello) = 0;
     /// The writer is gone, or was shut out: release what was opened for it. Runs before fence() returns.
-    virtual void on_inbound_closed(Id id) = 0;
+    /// `peer_gone`: its end of the connection is closed, so its process has ended or has given the link up.
+    virtual void on_inbound_closed(Id id, bool peer_gone) = 0;
     virtual void on_inbound_arrived(Id id, const Arrival& arrival) = 0;
     virtual void on_outbound_arrived(Id, const Arrival&) {}
     virtual void on_inbound_rail(Id, const RailNote&) {}

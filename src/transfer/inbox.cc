@@ -15,6 +15,7 @@ Result<Tag> InboxTable::open() {
                               inboxes_.size(), kMaxInboxes);
   }
   // Counting up means that a closed tag is met again only after 2^32 - 1 others.
+  if (next_tag_ >= kFirstReservedTag) next_tag_ = 0;
   while (next_tag_ == static_cast<uint32_t>(Tag::kNone) || inboxes_.contains(next_tag_)) ++next_tag_;
   uint32_t tag = next_tag_++;
   inboxes_.emplace(tag, std::make_shared<Inbox>());

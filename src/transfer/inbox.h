@@ -14,6 +14,9 @@
 
 namespace baton::transfer {
 
+/// Tags from here on are never given out: backends use them for messages of their own.
+inline constexpr uint32_t kFirstReservedTag = 0xfff00000;
+
 /// Counts messages per tag and says when as many are there as were announced. Safe from any thread.
 class InboxTable {
  public:

@@ -10,11 +10,11 @@ namespace baton::transfer {
 namespace {
 
 TEST(InboxTable, TagsAreFreshAndSkipNoneAndTheOnesInUse) {
-  InboxTable inboxes(0xffffffffu);
+  InboxTable inboxes(kFirstReservedTag - 1);
   Tag first = *inboxes.open();
   Tag second = *inboxes.open();
-  EXPECT_EQ(static_cast<uint32_t>(first), 0xffffffffu);
-  EXPECT_EQ(static_cast<uint32_t>(second), 1u);  // 0 means "not counted"
+  EXPECT_EQ(static_cast<uint32_t>(first), kFirstReservedTag - 1);
+  EXPECT_EQ(static_cast<uint32_t>(second), 1u);  // 0 means "not counted", and the backends' own are left out
   inboxes.close(second);
   EXPECT_EQ(static_cast<uint32_t>(*inboxes.open()), 2u);
 }

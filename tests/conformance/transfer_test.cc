@@ -514,6 +514,28 @@ TEST_P(TransferConformance, AFencedWriterIsKeptOutUntilItGetsNewMetadata) {
   EXPECT_TRUE(receiver->agent->fence(new_epoch()).ok());
 }
 
+TEST_P(TransferConformance, AWriterFencedWhileItConnectsTouchesNothing) {
+  auto receiver = make_node("receiver", 16, 4096);
+  receiver->fill(31);
+  const std::vector<std::byte> before(receiver->memory.begin(), receiver->memory.end());
+  for (int round = 0; round < 20; ++round) {
+    auto sender = make_node("sender", 16, 4096);
+    Result<Peer> peer = sender->agent->connect(receiver->agent->metadata());
+    ASSERT_TRUE(peer.ok()) << peer.status().to_string();
+    Tag tag = *receiver->agent->open_inbox();
+    for (int i = 0; i < round * 20; ++i) std::this_thread::yield();  // a little later each time
+    const Status fenced = receiver->agent->fence(sender->agent->epoch());
+    ASSERT_TRUE(fenced.ok()) << fenced.to_string();
+    Result<Transfer> transfer = peer->write(whole(*sender, *receiver, {{0, 0}, {3, 5}}, tag));
+    if (transfer.ok()) {
+      EXPECT_FALSE(transfer->wait().ok());
+    }
+    EXPECT_EQ(receiver->agent->arrived(tag), 0u);
+    EXPECT_EQ(std::memcmp(receiver->memory.data(), before.data(), before.size()), 0) << round;
+    receiver->agent->close_inbox(tag);
+  }
+}
+
 TEST_P(TransferConformance, ARestartedPeerIsANewPeer) {
   auto sender = make_node("sender", 16, 4096);
   sender->fill(14);

@@ -14,6 +14,11 @@ namespace {
 /// a large one the socket fills meanwhile.
 constexpr int64_t kAwakeNs = 200'000;
 constexpr int64_t kControlEveryNs = 20'000;
+constexpr int64_t kGreetAgainNs = 500'000;
+/// Endpoints of writers that went away before they greeted. When the writer's end is known to be closed, the end of a half-open
+/// connection is here in no time; otherwise (a stopped process, a rail that is cut) it may take for ever.
+constexpr size_t kMaxDoomed = 256;
+constexpr int64_t kDoomedNs = 300'000'000;
 
 /// A socket to this host holds whatever it is given, and what it holds leaves the cache before it is read: 3.6 GB/s with
 /// 32 MiB under way, 5.3 with this much (docs/performance.md, "TCP on one host").
@@ -70,6 +75,7 @@ Status FabricBackend::ensure_open() {
     rails.push_back(std::move(rail));
   }
   rails_ = std::move(rails);
+  BATON_ASSIGN_OR_RETURN(greeting_region_, FabricRegion::open(greeting_memory_, rails_));
   const Rail& first = *rails_.front();
   provider_name_ = first.provider().name;
   log_info("transfer {}: opened {} on {}: provider {}, {}, {} endpoint{}, {}, {:.1f} ms", agent_name(), transport_,
@@ -138,11 +144,16 @@ size_t FabricBackend::progress(BackendEvents& events) {
   const size_t orphans = orphans_.size();
   queue_empty_ = drain_all();
   if (queue_empty_) recycle_orphans(orphans);
+  if (!greeting_.empty()) {
+    for (FabricLink* link : std::exchange(greeting_, {})) {
+      if (link->greet()) add_greeting(*link);
+    }
+  }
   if (rails_.size() > 1) {
     const int64_t now = now_ns();
     for (const auto& [id, link] : links_) count += link->tick(now);
   }
-  count += arrivals_.size() + done_.size();
+  count += arrivals_.size() + done_.size() + std::exchange(opened_rails_, 0);
   for (uint32_t tag : arrivals_) events.on_arrived(tag, 1);
   arrivals_.clear();
   for (auto& [link, cookie, status] : std::exchange(done_, {})) events.on_posted_done(*link, cookie, status);
@@ -165,6 +176,10 @@ int64_t FabricBackend::longest_wait_ns(std::vector<pollfd>& fds) {
   // What was left in the queue makes no descriptor readable.
   if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty()) return 0;
   if (now_ns() - last_event_ns_ < kAwakeNs) return 0;
+  if (!greeting_.empty()) longest_ns = std::min(longest_ns, kGreetAgainNs);
+  for (const InboundRail& rail : doomed_) {
+    if (rail.close_at_ns != INT64_MAX) longest_ns = std::min(longest_ns, kDoomedNs / 4);
+  }
   if (rails_.size() > 1) {
     constexpr int64_t kTickNs = 50'000'000;
     // The owner looks now and then, too: a signal that gets lost among so many queues costs that long and no more.
@@ -208,8 +223,31 @@ Status FabricBackend::open_inbound_rail(uint32_t index, InboundRail* inbound, st
   BATON_ASSIGN_OR_RETURN(inbound->endpoint,
                          rail.open_endpoint(inbound->queue ? inbound->queue.get() : rail.queue()));
   BATON_ASSIGN_OR_RETURN(*address, rail.endpoint_name(inbound->endpoint.get()));
-  inbound->arrived = 0;
+  constexpr uint32_t kTags = ~kFirstReservedTag + 1;
+  do {
+    inbound->greeting_tag = kFirstReservedTag + next_greeting_++ % kTags;
+  } while (ungreeted_.contains(inbound->greeting_tag));
   return {};
+}
+
+void FabricBackend::close_inbound_rail(InboundRail inbound, int64_t close_at_ns) {
+  if (!inbound.endpoint || inbound.greeted) return;  // closed here
+  inbound.close_at_ns = close_at_ns;
+  doomed_.push_back(std::move(inbound));
+  if (doomed_.size() <= kMaxDoomed) return;
+  ungreeted_.erase(doomed_.front().greeting_tag);
+  doomed_.pop_front();
+}
+
+void FabricBackend::on_greeting(uint32_t tag) {
+  auto it = ungreeted_.find(tag);
+  if (it == ungreeted_.end()) return;
+  if (auto inbound = inbound_.find(it->second); inbound != inbound_.end()) {
+    for (InboundRail& rail : inbound->second.rails) rail.greeted = rail.greeted || rail.greeting_tag == tag;
+  }
+  // Closed once the queues are empty: it may be this queue that is being read.
+  for (InboundRail& rail : doomed_) rail.greeted = rail.greeted || rail.greeting_tag == tag;
+  ungreeted_.erase(it);
 }
 
 Result<Welcome> FabricBackend::on_inbound(ControlPlane::Id id, const Hello& hello) {
@@ -220,7 +258,20 @@ Result<Welcome> FabricBackend::on_inbound(ControlPlane::Id id, const Hello& hell
   Welcome welcome;
   welcome.rails.resize(rails_.size());
   for (uint32_t i = 0; i < rails_.size(); ++i) {
-    BATON_RETURN_IF_ERROR(open_inbound_rail(i, &inbound.rails[i], &welcome.rails[i]));
+    InboundRail& rail = inbound.rails[i];
+    if (Status opened = open_inbound_rail(i, &rail, &welcome.rails[i]); !opened.ok()) {
+      for (const InboundRail& other : inbound.rails) ungreeted_.erase(other.greeting_tag);
+      return opened;
+    }
+    if (!rail.endpoint) continue;
+    ungreeted_.emplace(rail.greeting_tag, id);
+    const FabricRegion::OnRail& target = greeting_region_->rails[i];
+    Welcome::Pool greeting;
+    greeting.id = rail.greeting_tag;
+    greeting.rail = static_cast<uint16_t>(i);
+    greeting.base = target.remote_base;
+    greeting.key = target.remote_key;
+    welcome.pools.push_back(std::move(greeting));
   }
   size_t pools = 0;
   for (const LocalPool& pool : context_->pools()) {
@@ -247,10 +298,15 @@ Result<Welcome> FabricBackend::on_inbound(ControlPlane::Id id, const Hello& hell
   return welcome;
 }
 
-void FabricBackend::on_inbound_closed(ControlPlane::Id id) {
+void FabricBackend::on_inbound_closed(ControlPlane::Id id, bool peer_gone) {
   // What it delivered before counts: its entries are in the queues, take them out first.
   drain_all();
-  inbound_.erase(id);
+  auto it = inbound_.find(id);
+  if (it == inbound_.end()) return;
+  std::vector<InboundRail> rails = std::move(it->second.rails);
+  inbound_.erase(it);
+  const int64_t close_at_ns = peer_gone ? now_ns() + kDoomedNs : INT64_MAX;
+  for (InboundRail& rail : rails) close_inbound_rail(std::move(rail), close_at_ns);
   context_->wake();
 }
 
@@ -265,20 +321,22 @@ void FabricBackend::on_inbound_rail(ControlPlane::Id id, const RailNote& note) {
   if (note.kind == RailNote::Kind::kDown) {
     if (inbound.queue) {
       drain(inbound.queue.get(), &inbound.arrived);
-      inbound.endpoint.reset();  // nothing comes in any more
+      if (inbound.greeted) inbound.endpoint.reset();  // nothing comes in any more; before the greeting nothing did
       drain(inbound.queue.get(), &inbound.arrived);
-      inbound.queue.reset();
       log_warning("transfer {}: '{}' has given up rail {} ({}) after {} messages", agent_name(), it->second.name, note.rail,
                   addresses_[note.rail], inbound.arrived);
     }
     answer.count = inbound.arrived;
+    close_inbound_rail(std::exchange(inbound, {}), INT64_MAX);
   } else if (note.kind == RailNote::Kind::kOpen) {
     answer.kind = RailNote::Kind::kReady;
-    inbound.endpoint.reset();
-    inbound.queue.reset();
+    close_inbound_rail(std::exchange(inbound, {}), INT64_MAX);
     if (Status opened = open_inbound_rail(note.rail, &inbound, &answer.address); !opened.ok()) {
       log_warning("transfer {}: rail {} for '{}': {}", agent_name(), note.rail, it->second.name, opened.to_string());
       answer.address.clear();
+    } else {
+      ungreeted_.emplace(inbound.greeting_tag, id);
+      answer.count = inbound.greeting_tag;
     }
   } else {
     return;
@@ -311,6 +369,7 @@ void FabricBackend::forget(FabricLink& link) {
   links_.erase(link.id());
   std::erase_if(failed_, [&](const auto& entry) { return entry.first == &link; });
   std::erase_if(done_, [&](const auto& entry) { return entry.link == &link; });
+  std::erase(greeting_, &link);
   control_->close_outbound(link.id());
 }
 
@@ -330,6 +389,7 @@ Operation* FabricBackend::take_operation() {
 void FabricBackend::release(Operation* operation) {
   operation->link = nullptr;
   operation->in_use = false;
+  operation->greeting = false;
   free_operations_.push_back(operation);
 }
 
@@ -350,6 +410,16 @@ void FabricBackend::complete(Operation* operation, const Status& status) {
 bool FabricBackend::drain_all() {
   bool empty = true;
   for (const auto& rail : rails_) empty = drain(rail->queue(), nullptr) && empty;
+  if (!doomed_.empty()) {
+    for (InboundRail& rail : doomed_) {
+      if (rail.queue) drain(rail.queue.get(), nullptr);
+    }
+    std::erase_if(doomed_, [this, now = now_ns()](const InboundRail& rail) {
+      if (rail.greeted || now < rail.close_at_ns) return rail.greeted;
+      ungreeted_.erase(rail.greeting_tag);
+      return true;
+    });
+  }
   if (rails_.size() < 2) return empty;
   for (auto& [id, inbound] : inbound_) {
     for (InboundRail& rail : inbound.rails) {
@@ -375,7 +445,12 @@ bool FabricBackend::drain(fid_cq* queue, uint64_t* arrived) {
     }
     for (ssize_t i = 0; i < n; ++i) {
       if ((entries[i].flags & FI_REMOTE_CQ_DATA) != 0) {
-        arrivals_.push_back(static_cast<uint32_t>(entries[i].data));
+        const auto tag = static_cast<uint32_t>(entries[i].data);
+        if (tag >= kFirstReservedTag) {
+          on_greeting(tag);
+          continue;
+        }
+        arrivals_.push_back(tag);
         if (arrived != nullptr) ++*arrived;
       } else if (entries[i].op_context != nullptr) {
         complete(static_cast<Operation*>(entries[i].op_context), Status());

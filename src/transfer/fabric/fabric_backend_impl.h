@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <string>
@@ -11,6 +12,7 @@
 #include "transfer/control.h"
 #include "transfer/fabric/fabric_link.h"
 #include "transfer/fabric/rail.h"
+#include "transfer/inbox.h"
 
 namespace baton::transfer::fabric {
 
@@ -45,6 +47,9 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
     CompletionQueueHandle queue;  // null: the rail's
     EndpointHandle endpoint;      // null: the rail's shared one
     uint64_t arrived = 0;
+    uint32_t greeting_tag = 0;
+    bool greeted = false;
+    int64_t close_at_ns = INT64_MAX;
   };
   struct Inbound {
     std::string name;
@@ -58,6 +63,9 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
 
   Status ensure_open();
   Status open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address);
+  /// Now, if the writer has greeted; else when it does, or at `close_at_ns`.
+  void close_inbound_rail(InboundRail inbound, int64_t close_at_ns);
+  void on_greeting(uint32_t tag);
   bool drain(fid_cq* queue, uint64_t* arrived);
   bool drain_all();
   int64_t longest_wait_ns(std::vector<pollfd>& fds);
@@ -67,7 +75,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
 
   // ControlPlane::Delegate
   Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override;
-  void on_inbound_closed(ControlPlane::Id id) override;
+  void on_inbound_closed(ControlPlane::Id id, bool peer_gone) override;
   void on_inbound_arrived(ControlPlane::Id, const Arrival&) override {}
   void on_inbound_rail(ControlPlane::Id id, const RailNote& note) override;
   void on_outbound_rail(ControlPlane::Id id, const RailNote& note) override;
@@ -78,6 +86,12 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   Operation* take_operation();
   void release(Operation* operation);
   void orphan(Operation* operation);
+  void add_greeting(FabricLink& link) {
+    if (std::find(greeting_.begin(), greeting_.end(), &link) == greeting_.end()) greeting_.push_back(&link);
+  }
+  const FabricRegion& greeting_region() const { return *greeting_region_; }
+  /// A rail can be used from now on: the agent has to look whether something waits for it.
+  void count_opened_rail() { ++opened_rails_; }
   void report(FabricLink& link, uint64_t cookie, const Status& status) { done_.push_back({&link, cookie, status}); }
   void report_failure(FabricLink& link, const Status& status);
   void forget(FabricLink& link);
@@ -96,8 +110,15 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   BackendLimits limits_;
   std::unique_ptr<ControlPlane> control_;
   std::vector<std::shared_ptr<Rail>> rails_;  // empty until something needs them
+  alignas(64) std::byte greeting_memory_[64] = {};  // what greetings are read from and written to
+  std::unique_ptr<FabricRegion> greeting_region_;
+  uint32_t next_greeting_ = 0;
+  std::unordered_map<uint32_t, ControlPlane::Id> ungreeted_;  // by tag; of inbound_, or gone
+  std::deque<InboundRail> doomed_;  // to be closed when they are greeted
   std::unordered_map<ControlPlane::Id, Inbound> inbound_;
   std::unordered_map<ControlPlane::Id, FabricLink*> links_;
+  std::vector<FabricLink*> greeting_;  // with greetings to be posted
+  size_t opened_rails_ = 0;            // since the last progress()
   std::deque<Operation> operations_;
   std::vector<Operation*> free_operations_;
   std::vector<Operation*> orphans_;  // of endpoints that were closed before their completions were read

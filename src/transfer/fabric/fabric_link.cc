@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kFirstRetryNs = 1'000'000'000;
 constexpr int64_t kLongestRetryNs = 8'000'000'000;
+constexpr int64_t kGreetingNs = 3'000'000'000;
 
 }  // namespace
 
@@ -44,7 +45,13 @@ Status FabricLink::open(const Welcome& welcome) {
   paths_.resize(count);
   states_.resize(count);
   for (const Welcome::Pool& pool : welcome.pools) {
-    if (pool.rail < count) paths_[pool.rail].pools[pool.id] = {pool.base, pool.key};
+    if (pool.rail >= count) continue;
+    if (pool.id >= kFirstReservedTag) {
+      paths_[pool.rail].greeting_tag = pool.id;
+      paths_[pool.rail].greeting_target = {pool.base, pool.key};
+    } else {
+      paths_[pool.rail].pools[pool.id] = {pool.base, pool.key};
+    }
   }
   for (uint32_t i = 0; i < count; ++i) {
     Status status = open_path(i, welcome.rails[i]);
@@ -65,8 +72,80 @@ Status FabricLink::open_path(uint32_t index, const std::string& address) {
   path.endpoint = path.own_endpoint ? path.own_endpoint.get() : rail(index).shared_endpoint();
   path.next_sequence = 0;
   path.phase = Phase::kUp;
-  states_[index].usable = true;
+  path.opened_ns = backend_.now_ns();
+  path.greeting_posted = path.greeted = !path.own_endpoint;
+  states_[index].usable = path.greeted;
+  greeted_ = greeted_ || path.greeted;
+  if (path.own_endpoint) {
+    if (path.greeting_tag == 0) return invalid_argument("'{}' does not say how to greet it", peer_name_);
+    backend_.add_greeting(*this);
+  }
   return {};
+}
+
+bool FabricLink::greet() {
+  bool left = false;
+  for (uint32_t i = 0; i < paths_.size() && !dead_; ++i) {
+    Path& path = paths_[i];
+    if (path.phase != Phase::kUp || path.greeting_posted) continue;
+    Status status = post_greeting(i);
+    if (status.ok()) {
+      left = left || !path.greeting_posted;
+    } else if (can_fail_over()) {
+      fail_rail(i, status, nullptr);
+    } else {
+      backend_.report_failure(*this, status);
+    }
+  }
+  return left;
+}
+
+Status FabricLink::post_greeting(uint32_t index) {
+  Path& path = paths_[index];
+  const FabricRegion::OnRail& region = backend_.greeting_region().rails[index];
+  constexpr size_t kBytes = 8;
+  iovec local = {backend_.greeting_region().data, kBytes};
+  fi_rma_iov remote = {path.greeting_target.base, kBytes, path.greeting_target.key};
+  void* descriptor = region.descriptor;
+  Operation* operation = backend_.take_operation();
+  operation->link = this;
+  operation->rail = index;
+  operation->greeting = true;
+  operation->message = {};
+  fi_msg_rma write{};
+  write.msg_iov = &local;
+  write.desc = &descriptor;
+  write.iov_count = 1;
+  write.addr = path.address;
+  write.rma_iov = &remote;
+  write.rma_iov_count = 1;
+  write.context = &operation->context;
+  write.data = path.greeting_tag;
+  uint64_t flags = FI_COMPLETION | FI_REMOTE_CQ_DATA;
+  if (rail(index).provider().delivery_complete) flags |= FI_DELIVERY_COMPLETE;
+  ssize_t ret = fi_writemsg(path.endpoint, &write, flags);
+  if (ret != 0) {
+    backend_.release(operation);
+    if (ret == -FI_EAGAIN) return {};  // not connected yet
+    return unavailable("fi_writemsg on rail {}: {}", index, fi_strerror(static_cast<int>(-ret)));
+  }
+  path.greeting_posted = true;
+  path.outstanding.push_back(operation);
+  ++outstanding_;
+  return {};
+}
+
+void FabricLink::on_greeted(Operation& operation, const Status& status) {
+  if (!status.ok()) {
+    if (!can_fail_over()) return backend_.report_failure(*this, status);
+    return fail_rail(operation.rail, status, &operation);
+  }
+  Path& path = paths_[operation.rail];
+  std::erase(path.outstanding, &operation);
+  --outstanding_;
+  path.greeted = greeted_ = true;
+  states_[operation.rail].usable = true;
+  backend_.count_opened_rail();
 }
 
 Result<PostResult> FabricLink::post(const BackendMessage& message) {
@@ -144,6 +223,7 @@ Result<PostResult> FabricLink::post_on(uint32_t index, const HeldMessage& messag
 }
 
 void FabricLink::on_completed(Operation& operation, const Status& status) {
+  if (operation.greeting) return on_greeted(operation, status);
   const uint32_t index = operation.rail;
   if (!status.ok() && can_fail_over()) {
     fail_rail(index, status, &operation);
@@ -176,10 +256,13 @@ void FabricLink::release_outstanding(Path& path, const Operation* completed) {
 void FabricLink::fail_rail(uint32_t index, const Status& why, const Operation* completed) {
   Path& path = paths_[index];
   if (path.phase != Phase::kUp) return;
-  for (const Operation* operation : path.outstanding) path.held.push_back(operation->message);
+  for (const Operation* operation : path.outstanding) {
+    if (!operation->greeting) path.held.push_back(operation->message);
+  }
   log_warning("transfer {}: rail {} ({}) to '{}' is out: {}; {} messages move to {} other rails", backend_.agent_name(), index,
               rail(index).config().address, peer_name_, why.to_string(), path.held.size(),
-              std::count_if(states_.begin(), states_.end(), [](const RailState& state) { return state.usable; }) - 1);
+              std::count_if(states_.begin(), states_.end(), [](const RailState& state) { return state.usable; }) -
+                  (states_[index].usable ? 1 : 0));
   release_outstanding(path, completed);
   path.own_endpoint.reset();
   rail(index).remove_address(std::exchange(path.address, FI_ADDR_UNSPEC));
@@ -218,6 +301,7 @@ void FabricLink::on_note(const RailNote& note) {
     }
     retry_later();
   } else if (note.kind == RailNote::Kind::kReady && path.phase == Phase::kReopening) {
+    path.greeting_tag = static_cast<uint32_t>(note.count);
     Status opened = note.address.empty() ? unavailable("the peer could not open it") : open_path(note.rail, note.address);
     if (opened.ok()) {
       states_[note.rail].probing = true;
@@ -231,7 +315,8 @@ void FabricLink::on_note(const RailNote& note) {
 bool FabricLink::wants_tick() const {
   if (!can_fail_over() || dead_) return false;
   return outstanding_ > 0 || !again_.empty() ||
-         std::any_of(paths_.begin(), paths_.end(), [](const Path& path) { return path.phase != Phase::kUp; });
+         std::any_of(paths_.begin(), paths_.end(),
+                     [](const Path& path) { return path.phase != Phase::kUp || !path.greeted; });
 }
 
 size_t FabricLink::tick(int64_t now_ns) {
@@ -254,6 +339,10 @@ size_t FabricLink::tick(int64_t now_ns) {
   }
   for (uint32_t i = 0; i < paths_.size(); ++i) {
     Path& path = paths_[i];
+    if (path.phase == Phase::kUp && !path.greeted && now_ns - path.opened_ns > kGreetingNs) {
+      fail_rail(i, deadline_exceeded("no connection within {} ms", kGreetingNs / 1'000'000), nullptr);
+      ++count;
+    }
     if (path.phase != Phase::kDown || now_ns < path.retry_at_ns) continue;
     path.phase = Phase::kReopening;
     RailNote note{RailNote::Kind::kOpen, static_cast<uint16_t>(i), ++path.generation, 0, {}};
@@ -269,7 +358,7 @@ std::string FabricLink::describe() const {
     if (i > 0) text += ", ";
     const RailState& state = states_[i];
     text += fmt::format("{} {}", rail(i).config().address.empty() ? fmt::format("rail {}", i) : rail(i).config().address,
-                        !state.usable ? std::string("down")
+                        !state.usable ? std::string(paths_[i].phase == Phase::kUp ? "connecting" : "down")
                                       : fmt::format("{:.0f} MB/s, {:.1f} MB", state.meter.bytes_per_s() * 1e-6,
                                                     static_cast<double>(state.meter.delivered_bytes()) * 1e-6));
   }

@@ -17,6 +17,12 @@ class FabricBackend;
 
 /// The outgoing half of a pair: one endpoint per rail, and what is under way on each.
 ///
+/// **Greeting.** libfabric 1.17's tcp keeps a half-open connection (accepted, its request not read yet) without holding on to the
+/// endpoint that it came in at; when the endpoint is closed at that moment the process crashes on the request. So the
+/// first thing on a new endpoint is one small write that only says which endpoint it came in at, and no message follows before it has
+/// been delivered. An endpoint that was not greeted has no data under way, so its owner can shut the writer out without closing it,
+/// and closes it when the greeting comes (FabricBackend::close_inbound_rail).
+///
 /// **When one of several rails fails** (an error, or silence while another one works), what was under way on it has arrived
 /// or not, and the receiver counts messages: one that is sent again although it had arrived would be counted twice, and the
 /// transfer would seem complete while another message is still missing. So:
@@ -38,7 +44,7 @@ class FabricLink final : public Link {
   ~FabricLink() override;
 
   Result<PostResult> post(const BackendMessage& message) override;
-  bool ready() const override { return !paths_.empty() && !dead_; }
+  bool ready() const override { return greeted_ && !dead_; }
   bool late_writes_possible() const override { return true; }
   bool closable() const override;
 
@@ -46,6 +52,8 @@ class FabricLink final : public Link {
   Status open(const Welcome& welcome);
   void on_note(const RailNote& note);
   void on_completed(Operation& operation, const Status& status);
+  /// Posts the greetings that are still to be posted; false when there are none left.
+  bool greet();
   /// What time brings: rails that stand still, rails to try again, messages to post again. Returns how much happened.
   size_t tick(int64_t now_ns);
   /// False: tick() need not be called for a while.
@@ -70,6 +78,11 @@ class FabricLink final : public Link {
     std::unordered_map<uint32_t, RemotePool> pools;
     Phase phase = Phase::kUp;
     uint32_t generation = 0;
+    RemotePool greeting_target;
+    uint32_t greeting_tag = 0;
+    bool greeting_posted = false;
+    bool greeted = false;
+    int64_t opened_ns = 0;
     uint64_t next_sequence = 0;            // of counted messages
     std::deque<Operation*> outstanding;    // in the order of posting
     std::vector<HeldMessage> held;         // until the owner has said how many arrived
@@ -83,6 +96,8 @@ class FabricLink final : public Link {
   Result<PostResult> post_on(uint32_t index, const HeldMessage& message);
   /// On the rail that is best now. kFull: none has room.
   Result<PostResult> post_somewhere(const HeldMessage& message);
+  Status post_greeting(uint32_t index);
+  void on_greeted(Operation& operation, const Status& status);
   void fail_rail(uint32_t index, const Status& why, const Operation* completed);
   void release_outstanding(Path& path, const Operation* completed);
 
@@ -90,6 +105,7 @@ class FabricLink final : public Link {
   const ControlPlane::Id id_;
   const std::string peer_name_;
   bool dead_ = false;
+  bool greeted_ = false;  // on one rail at least
   std::vector<Path> paths_;          // by rail
   std::vector<RailState> states_;    // the same, as the schedule sees them
   std::deque<HeldMessage> again_;    // to be posted again

@@ -103,6 +103,7 @@ struct Operation {
   FabricLink* link = nullptr;
   uint32_t rail = 0;
   bool in_use = false;
+  bool greeting = false;  // no message of the agent's
   HeldMessage message;
 };
 
