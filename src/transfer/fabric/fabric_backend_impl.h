@@ -45,7 +45,8 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   /// how many came over which.
   struct InboundRail {
     CompletionQueueHandle queue;  // null: the rail's
-    EndpointHandle endpoint;      // null: the rail's shared one
+    Endpoint endpoint;            // null: the rail's shared one
+    uint32_t index = 0;  // of the rail
     uint64_t arrived = 0;
     uint32_t greeting_tag = 0;
     bool greeted = false;
@@ -65,6 +66,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   Status open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address);
   /// Now, if the writer has greeted; else when it does, or at `close_at_ns`.
   void close_inbound_rail(InboundRail inbound, int64_t close_at_ns);
+  void release_inbound_rail(InboundRail& inbound);
   void on_greeting(uint32_t tag);
   bool drain(fid_cq* queue, uint64_t* arrived);
   bool drain_all();

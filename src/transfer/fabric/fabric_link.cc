@@ -19,12 +19,10 @@ FabricLink::FabricLink(FabricBackend& backend, ControlPlane::Id id, std::string 
     : backend_(backend), id_(id), peer_name_(std::move(peer_name)) {}
 
 FabricLink::~FabricLink() {
-  for (uint32_t i = 0; i < paths_.size(); ++i) {
-    Path& path = paths_[i];
+  // The endpoints first: the peer may reuse its memory as soon as the control connection is closed.
+  for (Path& path : paths_) {
     release_outstanding(path, nullptr);
-    // The endpoint first: the peer may reuse its memory as soon as the control connection is closed.
-    path.own_endpoint.reset();
-    rail(i).remove_address(path.address);
+    close_path(path);
   }
   backend_.forget(*this);
 }
@@ -68,8 +66,10 @@ Status FabricLink::open_path(uint32_t index, const std::string& address) {
   if (rail(index).provider().endpoint_per_peer) {
     BATON_ASSIGN_OR_RETURN(path.own_endpoint, rail(index).open_endpoint(rail(index).queue()));
   }
-  BATON_ASSIGN_OR_RETURN(path.address, rail(index).add_address(address));
-  path.endpoint = path.own_endpoint ? path.own_endpoint.get() : rail(index).shared_endpoint();
+  const Endpoint& endpoint = path.own_endpoint ? path.own_endpoint : rail(index).shared_endpoint();
+  path.endpoint = endpoint.get();
+  path.addresses = endpoint.addresses;
+  BATON_ASSIGN_OR_RETURN(path.address, path.addresses->add(address));
   path.next_sequence = 0;
   path.phase = Phase::kUp;
   path.opened_ns = backend_.now_ns();
@@ -146,6 +146,13 @@ void FabricLink::on_greeted(Operation& operation, const Status& status) {
   path.greeted = greeted_ = true;
   states_[operation.rail].usable = true;
   backend_.count_opened_rail();
+}
+
+void FabricLink::close_path(Path& path) {
+  path.own_endpoint.reset();
+  path.endpoint = nullptr;
+  if (path.addresses != nullptr) path.addresses->remove(std::exchange(path.address, FI_ADDR_UNSPEC));
+  path.addresses.reset();
 }
 
 Result<PostResult> FabricLink::post(const BackendMessage& message) {
@@ -264,9 +271,7 @@ void FabricLink::fail_rail(uint32_t index, const Status& why, const Operation* c
               std::count_if(states_.begin(), states_.end(), [](const RailState& state) { return state.usable; }) -
                   (states_[index].usable ? 1 : 0));
   release_outstanding(path, completed);
-  path.own_endpoint.reset();
-  rail(index).remove_address(std::exchange(path.address, FI_ADDR_UNSPEC));
-  path.endpoint = nullptr;
+  close_path(path);
   path.phase = Phase::kAsking;
   states_[index].usable = false;
   states_[index].probing = false;

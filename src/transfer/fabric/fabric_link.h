@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -72,7 +73,8 @@ class FabricLink final : public Link {
     uint64_t key = 0;
   };
   struct Path {
-    EndpointHandle own_endpoint;
+    std::shared_ptr<AddressVector> addresses;  // that `address` is in
+    Endpoint own_endpoint;
     fid_ep* endpoint = nullptr;
     fi_addr_t address = FI_ADDR_UNSPEC;
     std::unordered_map<uint32_t, RemotePool> pools;
@@ -93,6 +95,7 @@ class FabricLink final : public Link {
   bool can_fail_over() const;
   Rail& rail(uint32_t index) const;
   Status open_path(uint32_t index, const std::string& address);
+  static void close_path(Path& path);
   Result<PostResult> post_on(uint32_t index, const HeldMessage& message);
   /// On the rail that is best now. kFull: none has room.
   Result<PostResult> post_somewhere(const HeldMessage& message);

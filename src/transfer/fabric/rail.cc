@@ -5,6 +5,17 @@
 #include "base/random.h"
 
 namespace baton::transfer::fabric {
+namespace {
+
+/// libfabric's tcp (1.17 and later ones) never drops an address that an accepted connection came from, about 160 bytes each,
+/// and closing an endpoint looks at every address. So its vectors are used for so many endpoints and close with the last.
+constexpr uint32_t kEndpointsPerAddressVector = 1024;
+
+/// 1.17's queues keep an entry for every connection that was ever bound to them, by its address, and lose these when they
+/// are closed: queues that are used again keep a few.
+constexpr size_t kFreeQueues = 16;
+
+}  // namespace
 
 Result<std::shared_ptr<Rail>> Rail::open(const Config& config) {
   std::shared_ptr<Rail> rail(new Rail(config));
@@ -37,20 +48,18 @@ Status Rail::open() {
   info->tx_attr->size = std::min<size_t>(info->tx_attr->size, config_.max_inflight_messages);
 
   fid_fabric* fabric = nullptr;
-  int ret = fi_fabric(info->fabric_attr, &fabric, nullptr);
+  int ret = fi_fabric(info->fabric_attr, &fabric, &forgotten_);
   if (ret != 0) return unavailable("fi_fabric({}): {}", provider_.name, fi_strerror(-ret));
   fabric_.reset(fabric);
+  const bool forgets = ForgottenInfos::needed(*info);
+  if (forgets) forgotten_.watch(fabric);
   if (open_observer != nullptr) open_observer->on_fabric(fabric);
   fid_domain* domain = nullptr;
-  ret = fi_domain(fabric, info, &domain, nullptr);
+  ret = fi_domain(fabric, info, &domain, &forgotten_);
   if (ret != 0) return unavailable("fi_domain({}): {}", provider_.name, fi_strerror(-ret));
   domain_.reset(domain);
-  fi_av_attr av_attr{};
-  av_attr.type = info->domain_attr->av_type;
-  fid_av* addresses = nullptr;
-  ret = fi_av_open(domain, &av_attr, &addresses, nullptr);
-  if (ret != 0) return unavailable("fi_av_open({}): {}", provider_.name, fi_strerror(-ret));
-  addresses_.reset(addresses);
+  if (forgets) forgotten_.watch(domain);
+  BATON_RETURN_IF_ERROR(open_addresses());
 
   // libfabric 1.17's tcp never takes back the signal that a completion gives to its queue's descriptor,
   // so that waiting on it would spin. A second queue, which nothing is bound to, gets no signals but has
@@ -70,20 +79,44 @@ Status Rail::open() {
   return {};
 }
 
+Status Rail::open_addresses() {
+  fi_av_attr attr{};
+  attr.type = provider_.info->domain_attr->av_type;
+  fid_av* fid = nullptr;
+  int ret = fi_av_open(domain_.get(), &attr, &fid, nullptr);
+  if (ret != 0) return unavailable("fi_av_open({}): {}", provider_.name, fi_strerror(-ret));
+  addresses_ = std::make_shared<AddressVector>(AddressVectorHandle(fid));
+  endpoints_opened_ = 0;
+  return {};
+}
+
 Result<CompletionQueueHandle> Rail::open_queue() {
   CompletionQueueHandle queue;
+  if (!free_queues_.empty()) {
+    queue = std::move(free_queues_.back());
+    free_queues_.pop_back();
+    return queue;
+  }
   int ret = make_queue(FI_WAIT_NONE, queue);
   if (ret != 0) return unavailable("fi_cq_open({}): {}", provider_.name, fi_strerror(-ret));
   return queue;
 }
 
-Result<EndpointHandle> Rail::open_endpoint(fid_cq* queue) {
+void Rail::reuse_queue(CompletionQueueHandle queue) {
+  if (free_queues_.size() < kFreeQueues) free_queues_.push_back(std::move(queue));
+}
+
+Result<Endpoint> Rail::open_endpoint(fid_cq* queue) {
+  if (endpoints_opened_++ == kEndpointsPerAddressVector) BATON_RETURN_IF_ERROR(open_addresses());
   fid_ep* fid = nullptr;
   int ret = fi_endpoint(domain_.get(), provider_.info.get(), &fid, nullptr);
   if (ret != 0) return unavailable("fi_endpoint({}): {}", provider_.name, fi_strerror(-ret));
-  EndpointHandle endpoint(fid);
+  Endpoint endpoint;
+  endpoint.addresses = addresses_;
+  endpoint.handle.reset(fid);
+  tidy();
   if (open_observer != nullptr) open_observer->on_endpoint(fid);
-  ret = fi_ep_bind(fid, &addresses_->fid, 0);
+  ret = fi_ep_bind(fid, &addresses_->get()->fid, 0);
   if (ret == 0) ret = fi_ep_bind(fid, &queue->fid, FI_TRANSMIT | FI_RECV);
   if (ret == 0) ret = fi_enable(fid);
   if (ret != 0) return unavailable("enabling an endpoint of {}: {}", provider_.name, fi_strerror(-ret));
@@ -103,17 +136,17 @@ Result<std::string> Rail::endpoint_name(fid_ep* endpoint) const {
   return name;
 }
 
-Result<fi_addr_t> Rail::add_address(std::string name) {
+Result<fi_addr_t> AddressVector::add(std::string name) {
   // The provider reads as many bytes as its address format has; the peer's may be fewer.
   name.resize(std::max<size_t>(name.size(), 256), '\0');
   fi_addr_t address = FI_ADDR_UNSPEC;
-  int ret = fi_av_insert(addresses_.get(), name.data(), 1, &address, 0, nullptr);
-  if (ret != 1) return unavailable("fi_av_insert({}): {}", provider_.name, fi_strerror(ret < 0 ? -ret : FI_EINVAL));
+  int ret = fi_av_insert(handle_.get(), name.data(), 1, &address, 0, nullptr);
+  if (ret != 1) return unavailable("fi_av_insert: {}", fi_strerror(ret < 0 ? -ret : FI_EINVAL));
   return address;
 }
 
-void Rail::remove_address(fi_addr_t address) {
-  if (address != FI_ADDR_UNSPEC) (void)fi_av_remove(addresses_.get(), &address, 1, 0);
+void AddressVector::remove(fi_addr_t address) {
+  if (address != FI_ADDR_UNSPEC) (void)fi_av_remove(handle_.get(), &address, 1, 0);
 }
 
 Result<std::unique_ptr<FabricRegion>> FabricRegion::open(std::span<std::byte> memory,
@@ -138,7 +171,7 @@ Result<std::unique_ptr<FabricRegion>> FabricRegion::open(std::span<std::byte> me
     }
     on_rail.memory.reset(fid);
     if (rail->wants(FI_MR_ENDPOINT)) {
-      ret = fi_mr_bind(fid, &rail->shared_endpoint()->fid, 0);
+      ret = fi_mr_bind(fid, &rail->shared_endpoint().get()->fid, 0);
       if (ret == 0) ret = fi_mr_enable(fid);
       if (ret != 0) return internal_error("binding memory to the endpoint: {}", fi_strerror(-ret));
     }

@@ -8,12 +8,46 @@
 
 #include "base/status.h"
 #include "transfer/backend.h"
+#include "transfer/fabric/forgotten_infos.h"
 #include "transfer/fabric/handles.h"
 #include "transfer/fabric/provider.h"
 
 namespace baton::transfer::fabric {
 
-/// One network device (for tcp: one local address): a libfabric domain, its address vector and completion queue. Shared with
+/// Where the peers of some endpoints are entered.
+class AddressVector {
+ public:
+  explicit AddressVector(AddressVectorHandle handle) : handle_(std::move(handle)) {}
+  fid_av* get() const { return handle_.get(); }
+  Result<fi_addr_t> add(std::string name);
+  void remove(fi_addr_t address);
+
+ private:
+  AddressVectorHandle handle_;
+};
+
+/// An endpoint, and what it is bound to and has to outlive it.
+struct Endpoint {
+  std::shared_ptr<AddressVector> addresses;
+  EndpointHandle handle;
+
+  Endpoint() = default;
+  Endpoint(Endpoint&&) = default;
+  Endpoint& operator=(Endpoint&& other) noexcept {
+    reset();
+    addresses = std::move(other.addresses);
+    handle = std::move(other.handle);
+    return *this;
+  }
+  void reset() {
+    handle.reset();
+    addresses.reset();
+  }
+  fid_ep* get() const { return handle.get(); }
+  explicit operator bool() const { return static_cast<bool>(handle); }
+};
+
+/// One network device (for tcp: one local address): a libfabric domain, its address vectors and completion queue. Shared with
 /// the registered regions, which may outlive the backend.
 class Rail {
  public:
@@ -26,13 +60,15 @@ class Rail {
   static Result<std::shared_ptr<Rail>> open(const Config& config);
 
   /// An enabled endpoint whose completions go to `queue`.
-  Result<EndpointHandle> open_endpoint(fid_cq* queue);
+  Result<Endpoint> open_endpoint(fid_cq* queue);
   /// A queue that nobody sleeps on, for one endpoint's arrivals.
   Result<CompletionQueueHandle> open_queue();
+  /// One that is empty and that nothing is bound to any more, for the next open_queue().
+  void reuse_queue(CompletionQueueHandle queue);
   /// The endpoint's address, as libfabric has it.
   Result<std::string> endpoint_name(fid_ep* endpoint) const;
-  Result<fi_addr_t> add_address(std::string name);
-  void remove_address(fi_addr_t address);
+  /// Between two calls into the provider: gives back what it forgot.
+  void tidy() { forgotten_.free_all(); }
 
   bool wants(uint64_t mr_mode_bit) const {
     return (static_cast<uint64_t>(provider_.info->domain_attr->mr_mode) & mr_mode_bit) != 0;
@@ -43,7 +79,7 @@ class Rail {
   fid_fabric* fabric() const { return fabric_.get(); }
   fid_cq* queue() const { return queue_.get(); }
   /// The endpoint that all peers share; null where each has its own.
-  fid_ep* shared_endpoint() const { return shared_endpoint_.get(); }
+  const Endpoint& shared_endpoint() const { return shared_endpoint_; }
   /// What to sleep on: a descriptor and the queue to try before; -1: has to be polled.
   int wait_fd() const { return wait_fd_; }
   fid_cq* waited_on() const { return waited_on_; }
@@ -51,16 +87,20 @@ class Rail {
  private:
   explicit Rail(Config config) : config_(std::move(config)) {}
   Status open();
+  Status open_addresses();
   int make_queue(fi_wait_obj wait, CompletionQueueHandle& queue);
 
   const Config config_;
   Provider provider_;
+  ForgottenInfos forgotten_;
   FabricHandle fabric_;
   DomainHandle domain_;
-  AddressVectorHandle addresses_;
+  std::shared_ptr<AddressVector> addresses_;  // of the endpoints that are opened now
+  uint32_t endpoints_opened_ = 0;             // with these
   CompletionQueueHandle queue_;
   CompletionQueueHandle bell_;  // tcp: a queue that nothing is bound to, to wait on
-  EndpointHandle shared_endpoint_;
+  std::vector<CompletionQueueHandle> free_queues_;
+  Endpoint shared_endpoint_;
   int wait_fd_ = -1;
   fid_cq* waited_on_ = nullptr;
 };
