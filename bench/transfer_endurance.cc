@@ -1,7 +1,7 @@
 // What a long life does to an agent: a million un-notified writes, ten thousand connects and disconnects, a thousand peers
 // at once. Prints rates at the beginning and at the end, and the memory before and after. Exits with 1 when something grew.
 //
-//   transfer_endurance [--writes N] [--connects N] [--peers N] [--only writes|connects|peers] [--transport T]
+//   transfer_endurance [--writes N] [--connects N] [--peers N] [--rails N] [--only writes|connects|peers|rails] [--transport T]
 
 #include <malloc.h>
 #include <sys/resource.h>
@@ -92,11 +92,12 @@ struct Node {
   std::unique_ptr<Agent> agent;
   PoolId pool{};
 
-  Node(const std::string& name, const std::string& transport, SimFabric* fabric) : memory(kBlocks * kStride) {
+  Node(const std::string& name, const std::string& transport, SimFabric* fabric, const std::string& bind_address = "127.0.0.1")
+      : memory(kBlocks * kStride) {
     AgentConfig config;
     config.name = name;
     config.transport = transport;
-    config.bind_address = "127.0.0.1";
+    config.bind_address = bind_address;
     Result<std::unique_ptr<Agent>> made =
         transport == "sim" ? create_sim_agent(*fabric, config) : Agent::create(config);
     BATON_CHECK(made.ok()) << made.status().to_string();
@@ -251,8 +252,40 @@ bool peers(const std::string& transport, uint64_t count) {
   return good;
 }
 
+/// An agent with many rails and a peer that is connected over all of them. Both are in this process: each has half of it.
+bool rails(uint64_t count) {
+  std::string addresses;
+  for (uint64_t i = 1; i <= count; ++i) addresses += (i > 1 ? ",127.0.0." : "127.0.0.") + std::to_string(i);
+  { Node first("first", "tcp", nullptr); }  // loads libfabric's providers
+  const double rss = rss_kib(), start = now_s();
+  Node agent("agent", "tcp", nullptr, addresses);
+  const double opened = now_s(), rss_opened = rss_kib();
+  Node peer("peer", "tcp", nullptr, addresses);
+  const double connecting = now_s();
+  Result<Peer> connected = peer.agent->connect(agent.agent->metadata());
+  BATON_CHECK(connected.ok()) << connected.status().to_string();
+  auto write = [&](uint64_t n) {
+    std::vector<Transfer> transfers;
+    for (uint64_t i = 0; i < n; ++i) transfers.push_back(*connected->write(peer.block(static_cast<uint32_t>(i))));
+    for (const Transfer& transfer : transfers) {
+      Status status = transfer.wait();
+      BATON_CHECK(status.ok()) << status.to_string();
+    }
+  };
+  write(1);
+  const double first = now_s();
+  for (int round = 0; round < 20; ++round) write(8 * count);
+  const double rss_after = rss_kib();
+  std::printf("tcp, %llu rails: opened in %.0f ms, %.1f MiB; a peer on all of them: first write after %.1f ms; %.1f MiB for both "
+              "when all rails were used\n", static_cast<unsigned long long>(count), (opened - start) * 1e3,
+              (rss_opened - rss) / 1024, (first - connecting) * 1e3, (rss_after - rss) / 1024);
+  bool good = say(opened - start < 1, "opened in less than a second");
+  good &= say((rss_after - rss) / 2 / 1024 < 64, "less than 64 MiB an agent");
+  return good;
+}
+
 int run(int argc, char** argv) {
-  uint64_t write_count = 1'000'000, connect_count = 10'000, peer_count = 1'000;
+  uint64_t write_count = 1'000'000, connect_count = 10'000, peer_count = 1'000, rail_count = 32;
   std::string only, only_transport;
   for (int i = 1; i < argc; i += 2) {
     std::string name = argv[i];
@@ -260,10 +293,11 @@ int run(int argc, char** argv) {
     if (name == "--writes") write_count = std::strtoull(argv[i + 1], nullptr, 10);
     else if (name == "--connects") connect_count = std::strtoull(argv[i + 1], nullptr, 10);
     else if (name == "--peers") peer_count = std::strtoull(argv[i + 1], nullptr, 10);
+    else if (name == "--rails") rail_count = std::strtoull(argv[i + 1], nullptr, 10);
     else if (name == "--only") only = argv[i + 1];
     else if (name == "--transport") only_transport = argv[i + 1];
     else {
-      std::fprintf(stderr, "usage: %s [--writes N] [--connects N] [--peers N] [--only writes|connects|peers] "
+      std::fprintf(stderr, "usage: %s [--writes N] [--connects N] [--peers N] [--rails N] [--only writes|connects|peers|rails] "
                            "[--transport sim|shm|tcp]\n", argv[0]);
       return 2;
     }
@@ -281,6 +315,7 @@ int run(int argc, char** argv) {
     // Every peer is a whole agent with its thread here; over tcp each has its own libfabric domain.
     if (only.empty() || only == "peers") good &= peers(transport, transport == "tcp" ? peer_count / 4 : peer_count);
   }
+  if (only == "rails" || (only.empty() && (only_transport.empty() || only_transport == "tcp"))) good &= rails(rail_count);
   return good ? 0 : 1;
 }
 

@@ -55,7 +55,7 @@ class FabricInjector final : public fabric::OpenObserver {
   }
   void on_fabric(fid_fabric* fabric) override {
     std::lock_guard lock(mutex_);
-    real_fabric_ops_ = fabric->ops;
+    real_trywait_ = fabric->ops->trywait;
     fabric_ops_ = *fabric->ops;
     fabric_ops_.trywait = [](fid_fabric* f, fid** fids, int count) { return current_->trywait(f, fids, count); };
     fabric->ops = &fabric_ops_;
@@ -212,7 +212,7 @@ class FabricInjector final : public fabric::OpenObserver {
     for (const auto& [queue_fid, queue] : queues_) {
       if (!queue->late.empty() || !queue->held.empty() || !queue->errors.empty()) return -FI_EAGAIN;
     }
-    return real_fabric_ops_->trywait(fabric, fids, count);
+    return real_trywait_(fabric, fids, count);
   }
 
   int bind(fid* ep, fid* other, uint64_t flags) {
@@ -239,7 +239,7 @@ class FabricInjector final : public fabric::OpenObserver {
   mutable std::mutex mutex_;
   Random random_;
   Counts counts_;
-  fi_ops_fabric* real_fabric_ops_ = nullptr;
+  int (*real_trywait_)(fid_fabric*, fid**, int) = nullptr;
   fi_ops_fabric fabric_ops_{};
   std::unordered_map<fid*, std::unique_ptr<Endpoint>> endpoints_;
   std::unordered_map<fid*, std::unique_ptr<Queue>> queues_;

@@ -13,9 +13,7 @@
 #include <vector>
 
 #include "base/log.h"
-#include "transfer/topology/rail_memory.h"
 #include "transfer/topology/rails.h"
-#include "transfer/topology/topology.h"
 
 namespace baton::transfer::fabric {
 namespace {
@@ -102,10 +100,15 @@ bool has_rdma_device() {
 
 Result<std::vector<std::string>> choose_devices(const std::string& transport, uint32_t rails) {
   const Topology topology = Topology::read();
+  return choose_devices(transport, rails, topology, Place::of_this_thread(topology), MemoryLimits::read());
+}
+
+Result<std::vector<std::string>> choose_devices(const std::string& transport, uint32_t rails, const Topology& topology,
+                                                const Place& place, const MemoryLimits& limits) {
   RailOptions options;
   options.transport = transport;
   options.max_rails = rails;
-  Result<RailChoice> choice = choose_rails(topology, Place::unknown(), options);
+  Result<RailChoice> choice = choose_rails(topology, place, options);
   if (!choice.ok()) {
     // A container may hide the tree that the choice is made by; libfabric may still find a device.
     log_info("transfer: no choice of {} devices by topology: {}", transport, choice.status().message());
@@ -113,7 +116,7 @@ Result<std::vector<std::string>> choose_devices(const std::string& transport, ui
   }
   const RailMemory memory = predict_rail_memory(transport == "verbs" ? "verbs;ofi_rxm" : transport, *choice);
   log_info("transfer: {}; it {}", choice->describe(), memory.describe());
-  const MemoryVerdict verdict = check_rail_memory(memory, MemoryLimits::read());
+  const MemoryVerdict verdict = check_rail_memory(memory, limits);
   BATON_RETURN_IF_ERROR(verdict.status);
   if (!verdict.warning.empty()) log_warning("transfer: {}", verdict.warning);
   std::vector<std::string> names;

@@ -6,6 +6,9 @@
 
 #include "base/status.h"
 #include "transfer/fabric/handles.h"
+#include "transfer/topology/place.h"
+#include "transfer/topology/rail_memory.h"
+#include "transfer/topology/topology.h"
 
 namespace baton::transfer::fabric {
 
@@ -38,9 +41,13 @@ Result<Provider> find_provider(const std::string& transport, const std::string& 
 /// Is there a device at all? Cheap (sysfs), where fi_getinfo loads every provider's libraries.
 bool has_rdma_device();
 
-/// The devices (libfabric's domain names) that an agent opens for "efa" or "verbs": `rails` of them, or what the topology
-/// suggests when that is 0; the choice and what it will cost are logged.
+/// The devices (libfabric's domain names) that an agent opens for "efa" or "verbs": `rails` of them, or the near ones that the
+/// topology suggests when that is 0; near to the NUMA node that this thread is bound to. The choice and what it will cost are
+/// logged.
 Result<std::vector<std::string>> choose_devices(const std::string& transport, uint32_t rails);
+/// The same near `place` of the machine that `topology` describes, with `limits` to what may be spent.
+Result<std::vector<std::string>> choose_devices(const std::string& transport, uint32_t rails, const Topology& topology,
+                                                const Place& place, const MemoryLimits& limits);
 
 /// The addresses of a list such as "10.0.0.1,10.0.1.1", one tcp rail each, or that of local_address() when it is empty.
 Result<std::vector<std::string>> local_addresses(const std::string& wanted);

@@ -51,9 +51,9 @@ Status Rail::open() {
   int ret = fi_fabric(info->fabric_attr, &fabric, &forgotten_);
   if (ret != 0) return unavailable("fi_fabric({}): {}", provider_.name, fi_strerror(-ret));
   fabric_.reset(fabric);
+  if (open_observer != nullptr) open_observer->on_fabric(fabric);
   const bool forgets = ForgottenInfos::needed(*info);
   if (forgets) forgotten_.watch(fabric);
-  if (open_observer != nullptr) open_observer->on_fabric(fabric);
   fid_domain* domain = nullptr;
   ret = fi_domain(fabric, info, &domain, &forgotten_);
   if (ret != 0) return unavailable("fi_domain({}): {}", provider_.name, fi_strerror(-ret));
