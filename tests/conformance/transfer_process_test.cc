@@ -1,16 +1,10 @@
-#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <future>
 #include <iostream>
 #include <memory>
@@ -23,6 +17,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/random.h"
+#include "tests/support/child_process.h"
 #include "transfer/cuda/testing/pool_memory.h"
 #include "transfer/include/baton/transfer.h"
 
@@ -32,23 +27,14 @@ namespace baton::transfer {
 namespace {
 
 using ::testing::HasSubstr;
+using baton::testing::from_hex;
+using baton::testing::shared_memory_files;
+using baton::testing::to_hex;
 
+bool is_child = false;
 constexpr Tag kNobodysTag = static_cast<Tag>(7);
 constexpr uint32_t kBlocks = 256;
 constexpr uint64_t kStride = 256 << 10;  // 64 MiB: more than all socket buffers hold
-
-std::string to_hex(const std::string& bytes) {
-  std::string hex;
-  for (unsigned char c : bytes) hex += fmt::format("{:02x}", c);
-  return hex;
-}
-std::string from_hex(const std::string& hex) {
-  std::string bytes;
-  for (size_t i = 0; i + 1 < hex.size(); i += 2) {
-    bytes.push_back(static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
-  }
-  return bytes;
-}
 
 struct Node {
   testing::PoolMemory memory;
@@ -62,7 +48,7 @@ struct Node {
     config.bind_address = "127.0.0.1";
     config.cuda_library = testing::cuda_library();
     // Of two real GPUs each process takes one.
-    memory = testing::PoolMemory(kBlocks * kStride, transport, ::getenv("BATON_TEST_IS_CHILD") != nullptr ? 1 : 0);
+    memory = testing::PoolMemory(kBlocks * kStride, transport, is_child ? 1 : 0);
     BATON_ASSIGN_OR_RETURN(agent, Agent::create(config));
     BATON_ASSIGN_OR_RETURN(MemoryRegion region, agent->register_memory(memory, memory.kind()));
     BATON_ASSIGN_OR_RETURN(pool, agent->add_pool({region, kStride, kBlocks}));
@@ -98,7 +84,8 @@ struct Node {
 
 /// The other process: one line in, one line out.
 int child_main(const std::string& name, const std::string& transport) {
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  baton::testing::die_with_parent();
+  is_child = true;
   set_log_level(LogLevel::kError);
   Node node;
   if (Status status = node.open(name, transport); !status.ok()) {
@@ -163,81 +150,16 @@ int child_main(const std::string& name, const std::string& transport) {
   return 0;
 }
 
-class Child {
+class Child : public baton::testing::ChildProcess {
  public:
-  Child(const std::string& name, const std::string& transport) {
-    int to_child[2], from_child[2];
-    EXPECT_EQ(::pipe2(to_child, O_CLOEXEC), 0);
-    EXPECT_EQ(::pipe2(from_child, O_CLOEXEC), 0);
-    pid_ = ::fork();
-    if (pid_ == 0) {
-      ::dup2(to_child[0], 0);
-      ::dup2(from_child[1], 1);
-      ::setenv("BATON_TEST_IS_CHILD", "1", 1);
-      ::execl("/proc/self/exe", "transfer_process_test", "--child", name.c_str(), transport.c_str(), nullptr);
-      ::_exit(127);
-    }
-    ::close(to_child[0]);
-    ::close(from_child[1]);
-    in_ = ::fdopen(to_child[1], "w");
-    out_ = ::fdopen(from_child[0], "r");
+  Child(const std::string& name, const std::string& transport) : ChildProcess({name, transport}) {
     std::string ready = read_line();
     EXPECT_THAT(ready, ::testing::StartsWith("ready "));
     metadata = from_hex(ready.substr(std::min<size_t>(6, ready.size())));
   }
-  ~Child() {
-    if (pid_ > 0) kill_and_reap();
-    std::fclose(in_);
-    std::fclose(out_);
-  }
-  std::string ask(const std::string& line) {
-    std::fprintf(in_, "%s\n", line.c_str());
-    std::fflush(in_);
-    return read_line();
-  }
-  void signal(int number) { ::kill(pid_, number); }
-  /// Stopped means: all of its threads.
-  void stop() {
-    signal(SIGSTOP);
-    int status = 0;
-    ASSERT_EQ(::waitpid(pid_, &status, WUNTRACED), pid_);
-    ASSERT_TRUE(WIFSTOPPED(status));
-  }
-  void kill_and_reap() {
-    signal(SIGKILL);
-    ::waitpid(pid_, nullptr, 0);
-    pid_ = -1;
-  }
-  int exit() {
-    std::fprintf(in_, "exit\n");
-    std::fflush(in_);
-    int status = 0;
-    ::waitpid(pid_, &status, 0);
-    pid_ = -1;
-    return status;
-  }
 
   std::string metadata;
-
- private:
-  std::string read_line() {
-    std::string line;
-    for (int c; (c = std::fgetc(out_)) != EOF && c != '\n';) line.push_back(static_cast<char>(c));
-    return line;
-  }
-  pid_t pid_ = -1;
-  FILE* in_ = nullptr;
-  FILE* out_ = nullptr;
 };
-
-std::set<std::string> shared_memory_files() {
-  std::set<std::string> names;
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm", error)) {
-    names.insert(entry.path().filename().string());
-  }
-  return names;
-}
 
 class TransferProcess : public ::testing::TestWithParam<std::string> {
  protected:
@@ -293,7 +215,7 @@ TEST_P(TransferProcess, AKilledReceiverFailsItsTransfersOnly) {
     }
     while (to_victim.stats().messages == 0) std::this_thread::yield();  // it is really under way
     int64_t killed_ns = SteadyClock::instance().now_ns();
-    victim->kill_and_reap();
+    victim->kill();
     for (const Transfer& transfer : bad) (void)transfer.wait();
     double seconds = static_cast<double>(SteadyClock::instance().now_ns() - killed_ns) * 1e-9;
     EXPECT_LT(seconds, 5.0);
@@ -340,14 +262,14 @@ TEST_P(TransferProcess, AStoppedReceiverHangsNobody) {
     EXPECT_FALSE(peer.alive());
     EXPECT_FALSE(all_settled);  // bytes are on the way, and the sender says so
     sender.fill(std::byte{2});  // ours again
-    receiver.signal(SIGCONT);
+    receiver.resume();
     // The owner of the memory shuts the door; then its memory is its own again.
     ASSERT_EQ(receiver.ask(fmt::format("fence {}", static_cast<uint64_t>(sender.agent->epoch()))), "ok");
     EXPECT_EQ(receiver.ask("is_all 1"), "yes");  // no byte of what was written into the buffers afterwards
   } else {
     EXPECT_TRUE(peer.alive());
     EXPECT_TRUE(all_settled);
-    receiver.signal(SIGCONT);
+    receiver.resume();
   }
   receiver.ask("fill 9");
   Peer again = *sender.agent->connect(from_hex(receiver.ask("metadata")));
@@ -368,7 +290,7 @@ TEST_P(TransferProcess, AKilledWriterCanBeFencedAtOnce) {
     Result<Peer> back = receiver.agent->connect(writer.metadata);
     ASSERT_TRUE(back.ok());
     receiver.wait_for_strays();
-    writer.kill_and_reap();
+    writer.kill();
     Status fenced = receiver.agent->fence(back->epoch());
     ASSERT_TRUE(fenced.ok()) << fenced.to_string();
     receiver.fill(std::byte{5});
@@ -402,12 +324,12 @@ TEST_P(TransferProcess, AStoppedWriterIsFencedOrKeptInQuarantine) {
   } else {
     // It could be in the middle of a copy: nobody but the writer can know.
     EXPECT_EQ(fenced.code(), StatusCode::kUnavailable) << fenced.to_string();
-    writer.signal(SIGCONT);
+    writer.resume();
     for (int i = 0; i < 10 && !fenced.ok(); ++i) fenced = receiver.agent->fence(back->epoch());
     ASSERT_TRUE(fenced.ok()) << fenced.to_string();
   }
   receiver.fill(std::byte{6});
-  writer.signal(SIGCONT);
+  writer.resume();
   EXPECT_EQ(writer.ask("is_all 77"), "yes");  // it is back at work
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(receiver.is_all(std::byte{6}));
   EXPECT_EQ(writer.ask("alive"), "no");

@@ -1,9 +1,3 @@
-#include <fcntl.h>
-#include <signal.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -11,10 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <iostream>
 #include <memory>
-#include <set>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -24,6 +16,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/random.h"
+#include "tests/support/child_process.h"
 #include "transfer/include/baton/transfer.h"
 
 /// kill -9 and SIGSTOP of a peer at random moments, between real processes, from a seed:
@@ -41,6 +34,11 @@
 namespace baton::transfer {
 namespace {
 
+using testing::from_hex;
+using testing::open_files;
+using testing::shared_memory_files;
+using testing::to_hex;
+
 constexpr uint32_t kBlocks = 64;  // one half for each peer
 constexpr uint32_t kHalf = kBlocks / 2;
 constexpr uint64_t kStride = 512 << 10;  // 16 MiB a half: more than a connection's buffers hold
@@ -51,19 +49,6 @@ constexpr std::byte kFromChild{0x22};
 double slack_s = 60;
 
 double now_s() { return static_cast<double>(SteadyClock::instance().now_ns()) * 1e-9; }
-
-std::string to_hex(const std::string& bytes) {
-  std::string hex;
-  for (unsigned char c : bytes) hex += fmt::format("{:02x}", c);
-  return hex;
-}
-std::string from_hex(const std::string& hex) {
-  std::string bytes;
-  for (size_t i = 0; i + 1 < hex.size(); i += 2) {
-    bytes.push_back(static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)));
-  }
-  return bytes;
-}
 
 struct Node {
   std::vector<std::byte> memory = std::vector<std::byte>(kBlocks * kStride);
@@ -107,7 +92,7 @@ struct Node {
 
 /// The other process: a line in, a line out.
 int child_main(const std::string& name, const std::string& transport) {
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  testing::die_with_parent();
   set_log_level(LogLevel::kError);
   Node node(name, transport);
   std::cout << to_hex(node.agent->metadata()) << std::endl;
@@ -161,75 +146,12 @@ int child_main(const std::string& name, const std::string& transport) {
   return 0;
 }
 
-class Child {
+class Child : public testing::ChildProcess {
  public:
-  Child(const std::string& name, const std::string& transport) {
-    int to_child[2], from_child[2];
-    BATON_CHECK(::pipe2(to_child, O_CLOEXEC) == 0 && ::pipe2(from_child, O_CLOEXEC) == 0);
-    pid_ = ::fork();
-    if (pid_ == 0) {
-      ::dup2(to_child[0], 0);
-      ::dup2(from_child[1], 1);
-      ::execl("/proc/self/exe", "transfer_kill_test", "--child", name.c_str(), transport.c_str(), nullptr);
-      ::_exit(127);
-    }
-    ::close(to_child[0]);
-    ::close(from_child[1]);
-    in_ = ::fdopen(to_child[1], "w");
-    out_ = ::fdopen(from_child[0], "r");
-    metadata = from_hex(read_line());
-  }
-  Child(const Child&) = delete;
-  ~Child() {
-    kill();
-    std::fclose(in_);
-    std::fclose(out_);
-  }
-  void tell(const std::string& line) {
-    std::fprintf(in_, "%s\n", line.c_str());
-    std::fflush(in_);
-  }
-  std::string ask(const std::string& line) {
-    tell(line);
-    return read_line();
-  }
-  void stop() {
-    ::kill(pid_, SIGSTOP);
-    int status = 0;
-    BATON_CHECK(::waitpid(pid_, &status, WUNTRACED) == pid_ && WIFSTOPPED(status)) << "status " << status;
-  }
-  void resume() { ::kill(pid_, SIGCONT); }
-  /// After this nothing of it runs any more.
-  void kill() {
-    if (pid_ <= 0) return;
-    ::kill(pid_, SIGKILL);
-    ::waitpid(pid_, nullptr, 0);
-    pid_ = -1;
-  }
-  std::string metadata;
+  Child(const std::string& name, const std::string& transport) : ChildProcess({name, transport}), metadata(from_hex(read_line())) {}
 
- private:
-  std::string read_line() {
-    std::string line;
-    for (int c; (c = std::fgetc(out_)) != EOF && c != '\n';) line.push_back(static_cast<char>(c));
-    return line;
-  }
-  pid_t pid_ = -1;
-  FILE* in_ = nullptr;
-  FILE* out_ = nullptr;
+  const std::string metadata;
 };
-
-std::set<std::string> shared_memory_files() {
-  std::set<std::string> names;
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm", error)) names.insert(entry.path().filename());
-  return names;
-}
-size_t open_files() {
-  size_t count = 0;
-  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) ++count;
-  return count;
-}
 
 class Survivor {
  public:
