@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "transfer/agent_impl.h"
 #include "transfer/cuda/cuda_backend.h"
+#include "transfer/descriptors.h"
 #include "transfer/fabric/fabric_backend.h"
 #include "transfer/fabric/provider.h"
 #include "transfer/shm/shm_backend.h"
@@ -84,7 +85,7 @@ AgentCore::~AgentCore() { stop(); }
 
 Status AgentCore::start(const BackendFactory& factory) {
   doorbell_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!doorbell_) return internal_error("eventfd: {}", std::strerror(errno));
+  if (!doorbell_) return descriptor_error("eventfd", errno);
   context_ = std::make_shared<Context>(*this);
   BATON_RETURN_IF_ERROR(open_backends(factory));
   log_info("transfer {}: epoch {:016x}, offers {}", config_.name, static_cast<uint64_t>(epoch_), describe());

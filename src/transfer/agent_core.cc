@@ -99,7 +99,10 @@ size_t AgentCore::turn() {
       peer->busy = peer->inflight_count > 0 || !peer->to_post.empty();
     }
     std::erase_if(busy_, [](const auto& peer) { return !peer->busy; });
-    std::erase_if(peers_, [](const auto& peer) { return peer->state == PeerCore::State::kClosed; });
+    // Only then: a thousand idle peers must not be looked at in every turn.
+    if (std::exchange(peer_closed_, false)) {
+      std::erase_if(peers_, [](const auto& peer) { return peer->state == PeerCore::State::kClosed; });
+    }
     count += done_.size();
     if (count > 0) ++turns_;
   }
@@ -367,6 +370,7 @@ void AgentCore::close_link(PeerCore& peer) {
     if (--transfer->inflight == 0) finish(transfer);
   }
   peer.state = PeerCore::State::kClosed;
+  peer_closed_ = true;
 }
 
 void AgentCore::run_callbacks() {

@@ -219,6 +219,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   std::vector<std::unique_ptr<Backend>> backends_;  // in the order of preference
   uint64_t serial_ = 1;
   std::vector<std::shared_ptr<PeerCore>> peers_;  // those with a link
+  bool peer_closed_ = false;                      // one of them has none any more
   std::vector<std::shared_ptr<PeerCore>> busy_;   // those with transfers
   std::vector<PeerCore*> failed_;                 // by events of this turn
   std::set<std::pair<int64_t, TransferPointer>> deadlines_;

@@ -1,6 +1,7 @@
 #include "transfer/control.h"
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -16,6 +17,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "transfer/descriptors.h"
 #include "transfer/metadata.h"
 #include "transfer/wire.h"
 
@@ -266,16 +268,17 @@ Status FrameSocket::receive(std::deque<Frame>& frames) {
 
 Status ControlPlane::listen(const SocketAddress& address) {
   epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
-  if (!epoll_) return internal_error("epoll_create1: {}", errno_text(errno));
+  if (!epoll_) return descriptor_error("epoll_create1", errno);
   SocketAddress wanted = address;
   if (address == "unix:") wanted = fmt::format("unix:baton-transfer-{:016x}", random_id());
   if (address.starts_with("tcp:")) wanted = address + ":0";
   BATON_ASSIGN_OR_RETURN(ParsedAddress parsed, parse_address(wanted));
   listener_.reset(::socket(parsed.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!listener_) return internal_error("socket: {}", errno_text(errno));
+  if (!listener_) return descriptor_error("socket", errno);
   if (::bind(listener_.get(), parsed.get(), parsed.size) != 0 || ::listen(listener_.get(), 1024) != 0) {
     return unavailable("cannot listen on '{}': {}", wanted, errno_text(errno));
   }
+  spare_.reset(::fcntl(epoll_.get(), F_DUPFD_CLOEXEC, 0));
   address_ = wanted;
   if (!parsed.is_unix()) {
     ParsedAddress bound;
@@ -313,7 +316,7 @@ Status ControlPlane::add(Id id, Connection connection) {
 Result<ControlPlane::Id> ControlPlane::connect(const SocketAddress& address, Epoch to, uint64_t serial) {
   BATON_ASSIGN_OR_RETURN(ParsedAddress parsed, parse_address(address));
   FileDescriptor fd(::socket(parsed.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return internal_error("socket: {}", errno_text(errno));
+  if (!fd) return descriptor_error("socket", errno);
   Connection connection;
   connection.outbound = true;
   connection.peer = to;
@@ -458,11 +461,33 @@ size_t ControlPlane::shut(const std::vector<Id>& inbound) {
   return open;
 }
 
+/// Left waiting, it would keep the listener readable and this thread busy, and its process in the dark until its deadline.
+/// False: nobody was waiting (the kernel says EMFILE before it looks).
+bool ControlPlane::turn_away(int error) {
+  spare_.reset();
+  FileDescriptor refused(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  const bool waited = static_cast<bool>(refused);
+  refused.reset();
+  spare_.reset(::fcntl(epoll_.get(), F_DUPFD_CLOEXEC, 0));
+  if (!waited) return false;
+  const int64_t now_ns = clock_.now_ns();
+  if (turned_away_++ == 0 || now_ns - turned_away_said_ns_ > 10'000'000'000) {
+    turned_away_said_ns_ = now_ns;
+    log_warning("transfer {}: cannot take a peer in ({} so far): {}", options_.name, turned_away_,
+                descriptor_error("accept", error).message());
+  }
+  return true;
+}
+
 void ControlPlane::accept_all() {
   while (true) {
     FileDescriptor fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!fd) {
       if (errno == EINTR || errno == ECONNABORTED) continue;
+      if ((errno == EMFILE || errno == ENFILE) && spare_) {
+        if (turn_away(errno)) continue;
+        return;
+      }
       if (errno != EAGAIN && errno != EWOULDBLOCK) {
         log_warning("transfer {}: accept on {}: {}", options_.name, address_, errno_text(errno));
       }

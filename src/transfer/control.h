@@ -185,6 +185,7 @@ class ControlPlane {
   bool send(Id id, FrameSocket::Type type, std::string_view payload);
   size_t shut(const std::vector<Id>& inbound);
   void accept_all();
+  bool turn_away(int error);
   void handle(Id id, uint32_t events);
   void handle_frame(Id id, Connection& connection, const FrameSocket::Frame& frame, Status* failure);
   void handle_hello(Id id, Connection& connection, std::string_view payload, Status* failure);
@@ -198,6 +199,9 @@ class ControlPlane {
   SocketAddress address_;
   FileDescriptor epoll_;
   FileDescriptor listener_;
+  FileDescriptor spare_;  // to take a connection with, and hang up, when there are no descriptors left
+  uint64_t turned_away_ = 0;
+  int64_t turned_away_said_ns_ = 0;
   std::unordered_map<Id, Connection> connections_;
   std::unordered_map<Epoch, uint64_t> fenced_;  // peer -> serial up to which it is refused
   std::deque<Epoch> fenced_order_;

@@ -2,14 +2,17 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "base/log.h"
+#include "transfer/descriptors.h"
 #include "transfer/wire.h"
 
 namespace baton::transfer {
@@ -165,6 +168,31 @@ TEST_P(ControlTest, GarbageAndSilenceCloseTheConnection) {
   ASSERT_TRUE(pump([&] { return owner_.inbound() == 8; }));
   for (int i = 0; i < 100; ++i) owner_.progress();
   EXPECT_EQ(owner_.inbound(), 8u);
+}
+
+TEST_P(ControlTest, WithoutDescriptorsAPeerIsTurnedAwayAtOnce) {
+  ASSERT_TRUE(writer_.connect(owner_.address(), kOwner, 1).ok());
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit few{std::min<rlim_t>(before.rlim_max, 256), before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  std::vector<FileDescriptor> all;
+  for (int fd = ::dup(owner_.poll_fd()); fd >= 0; fd = ::dup(owner_.poll_fd())) all.emplace_back(fd);
+  Status enough = check_descriptors(owner_.poll_fd(), 1, "a test");
+  Status no_socket = writer_.connect(owner_.address(), kOwner, 2).status();
+  const bool told = pump([&] { return !writer_side_.closed.empty(); });
+  all.clear();
+  Status room = check_descriptors(owner_.poll_fd(), 4, "a test");
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  EXPECT_TRUE(told);
+  EXPECT_TRUE(owner_side_.inbound.empty());
+  EXPECT_EQ(enough.code(), StatusCode::kResourceExhausted);
+  EXPECT_THAT(enough.message(), HasSubstr("ulimit -n"));
+  EXPECT_EQ(no_socket.code(), StatusCode::kResourceExhausted);
+  EXPECT_TRUE(room.ok()) << room.to_string();
+  // And when there are some again, the next one is let in.
+  ASSERT_TRUE(writer_.connect(owner_.address(), kOwner, 3).ok());
+  EXPECT_TRUE(pump([&] { return !writer_side_.welcomes.empty(); }));
 }
 
 TEST_P(ControlTest, NobodyThereIsAnError) {

@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "transfer/descriptors.h"
 #include "transfer/fabric/fabric_backend_impl.h"
 
 namespace baton::transfer {
@@ -126,6 +127,7 @@ Result<std::unique_ptr<Link>> FabricBackend::open_link(const Metadata& peer, con
     return invalid_argument("'{}' offers {} with a damaged address", peer.name, transport_);
   }
   BATON_RETURN_IF_ERROR(ensure_open());
+  BATON_RETURN_IF_ERROR(check_room());
   BATON_ASSIGN_OR_RETURN(ControlPlane::Id id, control_->connect(offer.address, peer.epoch, peer.serial));
   auto link = std::make_unique<FabricLink>(*this, id, peer.name);
   links_.emplace(id, link.get());
@@ -211,6 +213,14 @@ int64_t FabricBackend::longest_wait_ns(std::vector<pollfd>& fds) {
 
 // --- the owner of the memory ---
 
+/// An endpoint of its own listens, and has a socket later; when there is no descriptor for that libfabric says nothing, and
+/// the writes wait for their deadlines.
+Status FabricBackend::check_room() const {
+  if (!rails_.front()->provider().endpoint_per_peer) return {};
+  constexpr size_t kOthers = 8;  // that are on their way to be connected
+  return check_descriptors(control_->poll_fd(), 2 * rails_.size() + kOthers, "a peer over " + transport_);
+}
+
 Status FabricBackend::open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address) {
   inbound->index = index;
   Rail& rail = *rails_[index];
@@ -263,6 +273,7 @@ void FabricBackend::on_greeting(uint32_t tag) {
 
 Result<Welcome> FabricBackend::on_inbound(ControlPlane::Id id, const Hello& hello) {
   BATON_RETURN_IF_ERROR(ensure_open());
+  BATON_RETURN_IF_ERROR(check_room());
   Inbound inbound;
   inbound.name = hello.name;
   inbound.rails.resize(rails_.size());

@@ -63,6 +63,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   };
 
   Status ensure_open();
+  Status check_room() const;
   Status open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address);
   /// Now, if the writer has greeted; else when it does, or at `close_at_ns`.
   void close_inbound_rail(InboundRail inbound, int64_t close_at_ns);
