@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/unique_handle.h"
 #include "transfer/control.h"
+#include "transfer/copied_messages.h"
 #include "transfer/cuda/copy_engine.h"
 #include "transfer/cuda/driver.h"
 #include "transfer/wire.h"
@@ -129,11 +130,7 @@ class CudaLink final : public Link {
     size_t allocation = 0;
     uint64_t offset = 0;
   };
-  struct Copied {
-    uint64_t cookie;
-    Tag tag;
-  };
-  void flush_copied();
+  void tell_copied();
 
   CudaBackend& backend_;
   const ControlPlane::Id id_;
@@ -145,8 +142,7 @@ class CudaLink final : public Link {
   std::vector<Allocation> allocations_;
   std::unordered_map<uint32_t, Pool> pools_;
   std::map<std::pair<size_t, const LocalDevice*>, std::shared_ptr<Mapping>> mappings_;
-  std::vector<Copied> copied_;  // the peer is not told yet
-  std::vector<Copied> told_;    // waits to be reported
+  CopiedMessages copied_;
 };
 
 class CudaBackend final : public Backend, private ControlPlane::Delegate {
@@ -473,7 +469,7 @@ size_t CudaBackend::collect(LocalDevice& local, BackendEvents& events) {
       local.bytes_under_way -= copy.bytes;
       ++ended;
       // After a break nothing of it can be said to have arrived; the link's end accounts for it.
-      if (local.broken.ok()) copy.link->copied_.push_back({copy.cookie, copy.tag});
+      if (local.broken.ok()) copy.link->copied_.add(copy.cookie, copy.tag);
     }
     waiting = waiting || !copies.empty();
   }
@@ -502,9 +498,8 @@ size_t CudaBackend::progress(BackendEvents& events) {
   // A completion may make the agent close its link, so take them out first.
   std::vector<std::pair<CudaLink*, uint64_t>> done;
   for (auto& [id, link] : links_) {
-    link->flush_copied();
-    for (const CudaLink::Copied& told : link->told_) done.emplace_back(link, told.cookie);
-    link->told_.clear();
+    link->tell_copied();
+    for (uint64_t cookie : link->copied_.take_told()) done.emplace_back(link, cookie);
   }
   for (auto& [link, cookie] : done) events.on_posted_done(*link, cookie, Status());
   count += control_.progress() + done.size();
@@ -526,7 +521,7 @@ int64_t CudaBackend::prepare_wait(std::vector<pollfd>& fds) {
     }
   }
   for (const auto& [id, link] : links_) {
-    if (!link->told_.empty()) return 0;
+    if (link->copied_.told()) return 0;
   }
   if (!links_.empty() || !inbound_.empty()) {
     if (context_->clock->now_ns() - last_event_ns_ < kSpinNs) return 0;
@@ -589,22 +584,8 @@ Result<PostResult> CudaLink::post(const BackendMessage& message) {
   return PostResult::kPosted;
 }
 
-void CudaLink::flush_copied() {
-  if (copied_.empty() || dead_) return;
-  std::vector<Arrival> arrivals;
-  for (const Copied& copied : copied_) {
-    if (copied.tag == Tag::kNone) continue;
-    auto tag = static_cast<uint32_t>(copied.tag);
-    if (!arrivals.empty() && arrivals.back().tag == tag) {
-      ++arrivals.back().count;
-    } else {
-      arrivals.push_back({tag, 1});
-    }
-  }
-  // The peer does not read its socket (it is stopped): what is copied stays unreported until it does.
-  if (!arrivals.empty() && !backend_.control_.send_arrivals(id_, arrivals)) return;
-  told_.insert(told_.end(), copied_.begin(), copied_.end());
-  copied_.clear();
+void CudaLink::tell_copied() {
+  if (!dead_) copied_.tell(backend_.control_, id_);
 }
 
 }  // namespace

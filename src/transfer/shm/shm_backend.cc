@@ -15,6 +15,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "transfer/control.h"
+#include "transfer/copied_messages.h"
 #include "transfer/shm/shared_pool.h"
 #include "transfer/shm/stream_copy.h"
 #include "transfer/wire.h"
@@ -54,10 +55,6 @@ class ShmLink final : public Link {
   Status copy_mapped(const BackendMessage& message, MappedPool& remote);
   Status copy_by_kernel(const BackendMessage& message, uint64_t remote_base);
 
-  struct Copied {
-    uint64_t cookie;
-    Tag tag;
-  };
   ShmBackend& backend_;
   const ControlPlane::Id id_;
   const int pid_;
@@ -67,8 +64,7 @@ class ShmLink final : public Link {
   std::unordered_map<uint32_t, RemotePool> pools_;
   // Several pools may lie in the same memory: mapped once.
   std::map<std::tuple<uint64_t, uint64_t, uint64_t, uint64_t>, MappedPool> mappings_;
-  std::vector<Copied> copied_;  // the peer is not told yet
-  std::vector<Copied> told_;    // waits to be reported
+  CopiedMessages copied_;
 };
 
 class ShmBackend final : public Backend, private ControlPlane::Delegate {
@@ -151,19 +147,19 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     }
     // A completion may make the agent close its link, so take them out first.
     std::vector<std::pair<ShmLink*, uint64_t>> done;
-    for (auto& [id, link] : links_) {
-      if (!link->copied_.empty()) link->flush();
-      for (const ShmLink::Copied& told : link->told_) done.emplace_back(link, told.cookie);
-      link->told_.clear();
+    for (ShmLink* link : copying_) {
+      link->flush();
+      for (uint64_t cookie : link->copied_.take_told()) done.emplace_back(link, cookie);
     }
+    std::erase_if(copying_, [](const ShmLink* link) { return link->copied_.empty(); });
     for (auto& [link, cookie] : done) events.on_posted_done(*link, cookie, Status());
     return count + done.size();
   }
 
   int64_t prepare_wait(std::vector<pollfd>& fds) override {
     if (!arrivals_.empty() || !failed_.empty()) return 0;
-    for (const auto& [id, link] : links_) {
-      if (!link->told_.empty()) return 0;
+    for (const ShmLink* link : copying_) {
+      if (link->copied_.told()) return 0;
     }
     fds.push_back({control_.poll_fd(), POLLIN, 0});
     return control_.wants_time() ? 1'000'000'000 : INT64_MAX;
@@ -247,12 +243,14 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   ControlPlane control_;
   std::unique_ptr<uint64_t> probe_;  // what a peer reads to see that it has the right process
   std::unordered_map<ControlPlane::Id, ShmLink*> links_;
+  std::vector<ShmLink*> copying_;  // those with something copied that is not done yet: idle peers cost nothing
   std::vector<Arrival> arrivals_;
   std::vector<std::pair<ShmLink*, Status>> failed_;
 };
 
 ShmLink::~ShmLink() {
   backend_.links_.erase(id_);
+  std::erase(backend_.copying_, this);
   std::erase_if(backend_.failed_, [this](const auto& entry) { return entry.first == this; });
   backend_.control_.close_outbound(id_);
 }
@@ -292,7 +290,8 @@ Result<PostResult> ShmLink::post(const BackendMessage& message) {
   }
   const RemotePool& remote = pool->second;
   BATON_RETURN_IF_ERROR(remote.mapped != nullptr ? copy_mapped(message, *remote.mapped) : copy_by_kernel(message, remote.base));
-  copied_.push_back({message.cookie, message.tag});
+  if (copied_.empty()) backend_.copying_.push_back(this);
+  copied_.add(message.cookie, message.tag);
   return PostResult::kPosted;
 }
 
@@ -350,21 +349,7 @@ Status ShmLink::copy_by_kernel(const BackendMessage& message, uint64_t remote_ba
 }
 
 void ShmLink::flush() {
-  if (copied_.empty() || dead_) return;
-  std::vector<Arrival> arrivals;
-  for (const Copied& copied : copied_) {
-    if (copied.tag == Tag::kNone) continue;
-    auto tag = static_cast<uint32_t>(copied.tag);
-    if (!arrivals.empty() && arrivals.back().tag == tag) {
-      ++arrivals.back().count;
-    } else {
-      arrivals.push_back({tag, 1});
-    }
-  }
-  // The peer does not read its socket (it is stopped): what is copied stays unreported until it does.
-  if (!arrivals.empty() && !backend_.control_.send_arrivals(id_, arrivals)) return;
-  told_.insert(told_.end(), copied_.begin(), copied_.end());
-  copied_.clear();
+  if (!dead_) copied_.tell(backend_.control_, id_);
 }
 
 }  // namespace
