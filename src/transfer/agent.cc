@@ -23,6 +23,9 @@ namespace {
 constexpr std::array<std::string_view, 8> kTransports = {"auto", "shm", "tcp",      "efa", "verbs",
                                                          "ucx",  "cuda_ipc", "sim"};
 
+/// Hashing happens under the agent's lock.
+constexpr uint64_t kMaxHashedBurstBytes = 4u << 20;
+
 std::string_view kind_name(MemoryKind kind) { return kind == MemoryKind::kCuda ? "GPU" : "host"; }
 
 /// Identifies the running kernel: the same for all containers of a host, new after every boot.
@@ -190,6 +193,8 @@ void AgentCore::stop() {
     std::this_thread::yield();
   }
   std::lock_guard lock(mutex_);
+  incoming_checks_.clear();
+  unsent_answers_.clear();
   busy_.clear();
   peers_.clear();
   backends_.clear();
@@ -340,6 +345,10 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   peer->provider = path.backend->provider();
   peer->rails = path.backend->rails();
   peer->limits = path.limits;
+  if (config_.integrity) {
+    peer->limits.max_burst_bytes = std::min(peer->limits.max_burst_bytes, kMaxHashedBurstBytes);
+    peer->limits.plan.max_message_bytes = std::min(peer->limits.plan.max_message_bytes, kMaxHashedBurstBytes);
+  }
   peer->reason = std::move(path.reason);
   peer->link = std::move(path.link);
   peer->link->owner = peer.get();
@@ -404,6 +413,12 @@ Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite writ
   int64_t longest_ns = clock_.now_ns() + config_.default_timeout_ms * 1'000'000;
   transfer->deadline_ns = write.deadline == Deadline::never() ? longest_ns : write.deadline.at_ns;
   transfer->on_done = std::move(on_done);
+  if (config_.integrity && transfer->message_count > 0) {
+    transfer->check = std::make_unique<OutgoingCheck>(write.length_bytes);
+    transfer->check->remote_stride_bytes = remote->stride_bytes;
+    transfer->check->block_count = write.blocks.size();
+    transfer->counted_check = write.tag != Tag::kNone;
+  }
 
   if (queued_.fetch_add(1) >= config_.max_queued_transfers) {
     queued_.fetch_sub(1);
@@ -443,6 +458,8 @@ AgentStats AgentCore::stats() const {
   stats.retries = retries_;
   stats.failed_transfers = failed_transfers_;
   stats.fences = fences_;
+  stats.checked_blocks = checked_blocks_;
+  stats.corrupt_blocks = corrupt_blocks_;
   for (const auto& backend : backends_) stats.inbound_peers += backend->inbound_peers();
   stats.messages_sent = messages_sent_.load();
   stats.bytes_sent = bytes_sent_.load();
@@ -478,7 +495,9 @@ Status Transfer::status() const {
   BATON_CHECK(done()) << "Transfer::status() before done()";
   return impl_->status;
 }
-uint64_t Transfer::messages() const { return impl_->tag == Tag::kNone ? 0 : impl_->message_count; }
+uint64_t Transfer::messages() const {
+  return impl_->tag == Tag::kNone ? 0 : impl_->message_count + (impl_->counted_check ? 1 : 0);
+}
 uint64_t Transfer::bytes() const { return impl_->byte_count; }
 Status Transfer::wait() const {
   std::shared_ptr<AgentCore> agent = impl_->agent.lock();
@@ -558,7 +577,7 @@ class AgentHandle final : public Agent {
     return core_->inboxes().expect(tag, messages, std::move(on_complete));
   }
   uint64_t arrived(Tag tag) const override { return core_->inboxes().arrived(tag); }
-  void close_inbox(Tag tag) override { core_->inboxes().close(tag); }
+  void close_inbox(Tag tag) override { core_->close_inbox(tag); }
   Status fence(Epoch peer) override { return core_->fence(peer); }
   size_t progress() override {
     BATON_CHECK(core_->config().manual_progress) << "progress() belongs to the agent's thread";

@@ -90,8 +90,9 @@ size_t AgentCore::turn() {
     std::vector<TransferPointer> cancels = take_cancels();
     take_incoming();
     for (const TransferPointer& transfer : cancels) cancel_now(transfer, now_ns);
-    for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns);
+    for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns) + send_checks(*busy_[i]);
     for (const auto& backend : backends_) count += backend->progress(*this);
+    count += take_check_results() + serve_checks();
     for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);
     check_time(now_ns);
     for (const auto& peer : busy_) {
@@ -178,11 +179,14 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
         burst_bytes >= peer.limits.max_burst_bytes) {
       break;
     }
-    if (peer.free_slots.empty()) {
-      peer.free_slots.push_back(static_cast<uint32_t>(peer.inflight.size()));
-      peer.inflight.emplace_back();
+    const bool hash_before = transfer->check != nullptr && peer.kind == MemoryKind::kHost;
+    if (hash_before && transfer->check->hashed_messages == transfer->next_message) {
+      if (Status hashed = hash_next_message(*transfer); !hashed.ok()) {
+        fail_transfer(TransferPointer(transfer), hashed);
+        continue;
+      }
     }
-    uint32_t slot = peer.free_slots.back();
+    uint32_t slot = free_slot(peer);
     BackendMessage message;
     message.segments = std::span(transfer->plan.segments).subspan(planned.first_segment, planned.segment_count);
     message.bytes = planned.bytes;
@@ -204,23 +208,40 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
                                        : std::clamp(2 * peer.again_sleep_ns, kAgainSleepNs, kLongestAgainSleepNs);
       break;
     }
-    peer.free_slots.pop_back();
-    peer.inflight[slot] = {transfer, planned.bytes};
-    if (peer.inflight_count++ == 0) {
-      peer.busy_since_ns = now_ns;
-      peer.last_progress_ns = now_ns;
-    }
-    peer.inflight_bytes += planned.bytes;
+    take_slot(peer, slot, {transfer, planned.bytes}, now_ns);
     burst_bytes += planned.bytes;
-    ++transfer->inflight;
-    ++transfer->next_message;
     ++posted;
+    // GPU memory holds what is to be sent only from here on (BlockWrite::after).
+    if (transfer->check != nullptr && !hash_before) {
+      if (Status hashed = hash_next_message(*transfer); !hashed.ok()) fail_transfer(TransferPointer(transfer), hashed);
+    }
+    ++transfer->next_message;
   }
   if (posted > 0) {
     if (!peer.again) peer.again_sleep_ns = 0;
     peer.link->flush();
   }
   return posted;
+}
+
+uint32_t AgentCore::free_slot(PeerCore& peer) {
+  if (peer.free_slots.empty()) {
+    peer.free_slots.push_back(static_cast<uint32_t>(peer.inflight.size()));
+    peer.inflight.emplace_back();
+  }
+  return peer.free_slots.back();
+}
+
+/// REQUIRES: `slot` is what free_slot() has just said.
+void AgentCore::take_slot(PeerCore& peer, uint32_t slot, PeerCore::InFlight entry, int64_t now_ns) {
+  peer.free_slots.pop_back();
+  ++entry.transfer->inflight;
+  peer.inflight_bytes += entry.bytes;
+  peer.inflight[slot] = std::move(entry);
+  if (peer.inflight_count++ == 0) {
+    peer.busy_since_ns = now_ns;
+    peer.last_progress_ns = now_ns;
+  }
 }
 
 void AgentCore::release_slot(PeerCore& peer, uint64_t slot) {
@@ -256,9 +277,17 @@ void AgentCore::on_posted_done(Link& link, uint64_t cookie, const Status& status
           fmt::format("write to '{}' over {} ({})", peer.metadata.name, peer.transport, peer.provider));
     }
   }
-  bool ended = transfer->inflight == 0 &&
-               (transfer->stopped || transfer->next_message == transfer->message_count);
-  if (ended) finish(transfer);
+  end_if_ended(transfer);
+}
+
+void AgentCore::end_if_ended(const TransferPointer& transfer) {
+  if (transfer->inflight > 0 || (!transfer->stopped && transfer->next_message < transfer->message_count)) return;
+  const OutgoingCheck* check = transfer->check.get();
+  if (check != nullptr && !transfer->stopped && check->next_block < check->blocks.size()) {
+    start_check(transfer);
+  } else {
+    finish(transfer);
+  }
 }
 
 void AgentCore::on_link_failed(Link& link, const Status& status) {
@@ -272,6 +301,7 @@ void AgentCore::fail_transfer(const TransferPointer& transfer, const Status& why
   if (!transfer->stopped) {
     transfer->stopped = true;
     transfer->outcome = why;
+    if (transfer->check != nullptr) give_up_check(transfer);
   }
   if (transfer->inflight == 0) finish(transfer);
 }
@@ -287,6 +317,10 @@ void AgentCore::finish(const TransferPointer& transfer) {
   } else {
     peer.failures.fetch_add(1, std::memory_order_relaxed);
     ++failed_transfers_;
+  }
+  if (transfer->check != nullptr) {
+    open_checks_.erase(transfer->check->id);
+    transfer->check.reset();
   }
   transfer->plan = {};
   transfer->local = nullptr;
@@ -305,10 +339,13 @@ void AgentCore::check_time(int64_t now_ns) {
     PeerCore& peer = *transfer->peer;
     if (!transfer->stopped) {
       bool connecting = peer.link != nullptr && !peer.link->ready();
+      bool checking = transfer->check != nullptr && (transfer->check->id != 0 || transfer->check->unsent);
       fail_transfer(transfer, deadline_exceeded("write to '{}' over {}: {} of {} messages were posted{}",
                                                 peer.metadata.name, peer.transport, transfer->next_message,
                                                 transfer->message_count,
-                                                connecting ? "; the peer has not answered yet" : ""));
+                                                connecting ? "; the peer has not answered yet"
+                                                : checking ? "; it is delivered, but the peer has not said that it is right"
+                                                           : ""));
       if (transfer->state.load() == Transfer::Impl::State::kDone) continue;
     }
     expire(transfer, now_ns);
@@ -353,7 +390,7 @@ void AgentCore::fail_peer(PeerCore& peer, const Status& why) {
   peer.to_post.clear();
   for (const TransferPointer& transfer : waiting) fail_transfer(transfer, down);
   for (const PeerCore::InFlight& entry : peer.inflight) {
-    if (entry.transfer != nullptr) fail_transfer(entry.transfer, down);
+    if (entry.transfer != nullptr) fail_transfer(TransferPointer(entry.transfer), down);
   }
   close_link(peer);
 }
@@ -365,8 +402,8 @@ void AgentCore::close_link(PeerCore& peer) {
   for (size_t slot = 0; slot < peer.inflight.size(); ++slot) {
     TransferPointer transfer = peer.inflight[slot].transfer;
     if (transfer == nullptr) continue;
+    transfer->unsettled = transfer->unsettled || (late && !peer.inflight[slot].is_check);
     release_slot(peer, slot);
-    transfer->unsettled = transfer->unsettled || late;
     if (--transfer->inflight == 0) finish(transfer);
   }
   peer.state = PeerCore::State::kClosed;

@@ -32,6 +32,24 @@ namespace baton::transfer {
 class AgentCore;
 class PeerCore;
 
+/// What integrity mode keeps of one transfer, on the writer's side.
+struct OutgoingCheck {
+  explicit OutgoingCheck(uint64_t bytes) : block_bytes(bytes), hasher(bytes) {}
+  const uint64_t block_bytes;
+  uint64_t remote_stride_bytes = 0;
+  uint64_t block_count = 0;
+  BlockHasher hasher;
+  uint32_t hashed_messages = 0;
+  std::vector<CheckedBlock> blocks;  // in the order of the plan
+  size_t next_block = 0;             // the first that no Check has named
+  // A Check is under way like a message: it has a slot, and counts as one in flight.
+  bool unsent = false;  // in PeerCore::unsent_checks
+  uint64_t id = 0;      // of the Check that has no answer yet; 0: none
+  uint32_t slot = 0;
+  uint64_t bad_blocks = 0;
+  CheckResult first_bad;
+};
+
 }  // namespace baton::transfer
 
 class baton::transfer::MemoryRegion::Impl {
@@ -57,6 +75,7 @@ class baton::transfer::Transfer::Impl {
   std::shared_ptr<PeerCore> peer;
   WritePlan plan;  // emptied when done
   uint64_t message_count = 0;
+  bool counted_check = false;
   uint64_t byte_count = 0;
   MemoryRegion local_region;
   uint32_t remote_pool = 0;
@@ -71,6 +90,7 @@ class baton::transfer::Transfer::Impl {
   bool stopped = false;  // nothing more is posted; `outcome` says why
   Status outcome;
   bool unsettled = false;
+  std::unique_ptr<OutgoingCheck> check;  // integrity mode
   std::function<void(const Status&)> on_done;
 
   // The way out: written once before `state` turns.
@@ -111,11 +131,14 @@ class PeerCore {
   struct InFlight {
     TransferPointer transfer;
     uint64_t bytes = 0;
+    bool is_check = false;
   };
   std::vector<InFlight> inflight;
   std::vector<uint32_t> free_slots;
   size_t inflight_count = 0;
   uint64_t inflight_bytes = 0;
+  std::deque<TransferPointer> unsent_checks;
+  uint32_t open_checks = 0;  // without an answer
   int64_t last_progress_ns = 0;
   int64_t busy_since_ns = 0;
   Status failure;  // set by an event; acted on at the end of the turn
@@ -164,6 +187,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   AgentStats stats() const;
   std::string describe() const;
   InboxTable& inboxes() { return inboxes_; }
+  void close_inbox(Tag tag);
   const AgentConfig& config() const { return config_; }
   void wake();
 
@@ -197,12 +221,39 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   void check_time(int64_t now_ns);
   void expire(const TransferPointer& transfer, int64_t now_ns);
   void fail_transfer(const TransferPointer& transfer, const Status& why);
+  static uint32_t free_slot(PeerCore& peer);
+  static void take_slot(PeerCore& peer, uint32_t slot, PeerCore::InFlight entry, int64_t now_ns);
   void release_slot(PeerCore& peer, uint64_t slot);
+  void end_if_ended(const TransferPointer& transfer);
   void finish(const TransferPointer& transfer);
   void fail_peer(PeerCore& peer, const Status& why);
   void close_link(PeerCore& peer);
   int64_t next_time_ns() const;
   void run_callbacks();
+  // Integrity mode (agent_integrity.cc).
+  struct IncomingCheck {
+    Backend* backend = nullptr;
+    CheckChannel::Received received;
+    BlockHasher hasher;
+    LocalPool pool;
+    const BackendRegion* region = nullptr;
+    size_t next_block = 0;
+    CheckResult result;
+  };
+  Status hash_next_message(Transfer::Impl& transfer);
+  Status hash_memory(Backend& backend, const MemoryRegion& region, const BackendRegion* registered, uint64_t offset,
+                     uint64_t bytes, BlockHasher& hasher);
+  void start_check(const TransferPointer& transfer);
+  size_t send_checks(PeerCore& peer);
+  void give_up_check(const TransferPointer& transfer);
+  size_t take_check_results();
+  void on_check_result(Backend& backend, const CheckChannel::Answer& answer);
+  size_t serve_checks();
+  void accept_check(Backend& backend, CheckChannel::Received received);
+  bool hash_incoming(IncomingCheck& check, uint64_t* budget_bytes);
+  void conclude(IncomingCheck& check);
+  void answer_check(Backend& backend, CheckChannel::Connection connection, CheckResult result);
+
   /// Waits (without the lock) for something to happen, until `deadline_ns`; false when that is past.
   bool wait_for_turn(std::unique_lock<std::mutex>& lock, int64_t deadline_ns);
 
@@ -225,6 +276,17 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   std::set<std::pair<int64_t, TransferPointer>> deadlines_;
   std::vector<TransferPointer> done_;  // their callbacks are due
   uint64_t retries_ = 0, failed_transfers_ = 0, fences_ = 0;
+  std::unordered_map<uint64_t, TransferPointer> open_checks_;  // by id
+  uint64_t next_check_id_ = 1;
+  std::deque<IncomingCheck> incoming_checks_;
+  std::atomic<size_t> incoming_check_count_{0};
+  struct CheckAnswer {
+    Backend* backend;
+    CheckChannel::Connection connection;
+    CheckResult result;
+  };
+  std::deque<CheckAnswer> unsent_answers_;
+  uint64_t checked_blocks_ = 0, corrupt_blocks_ = 0;
 
   // What other threads hand over to progress.
   mutable std::mutex handover_mutex_;

@@ -13,6 +13,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "transfer/include/baton/transfer.h"
+#include "transfer/integrity.h"
 #include "transfer/metadata.h"
 #include "transfer/plan.h"
 
@@ -74,6 +75,8 @@ class Link {
   virtual bool late_writes_possible() const = 0;
   /// False while the destructor could not keep its promise: wait until what is posted has ended.
   virtual bool closable() const { return true; }
+  /// Its name in Backend::checks().
+  virtual CheckChannel::Connection connection() const = 0;
 
   void* owner = nullptr;
 };
@@ -152,6 +155,14 @@ class Backend {
   /// Adds what to wait on. Returns how long the thread may sleep at most, in ns; 0: do not sleep.
   virtual int64_t prepare_wait(std::vector<pollfd>& fds) = 0;
   virtual uint64_t inbound_peers() const = 0;
+
+  virtual CheckChannel& checks() = 0;
+  /// Memory that the CPU cannot read, for checks: some of the `bytes` at `offset` of `region`, at least one. Good until the
+  /// next call.
+  virtual Result<std::span<const std::byte>> read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) {
+    (void)region, (void)offset, (void)bytes;
+    return unimplemented("{} has no way to read this memory back", transport());
+  }
 };
 
 }  // namespace baton::transfer

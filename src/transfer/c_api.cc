@@ -138,6 +138,7 @@ baton_agent_config default_config() {
   config.max_metadata_bytes = defaults.max_metadata_bytes;
   config.default_timeout_ms = defaults.default_timeout_ms;
   config.stall_timeout_ms = defaults.stall_timeout_ms;
+  config.integrity = defaults.integrity ? 1 : 0;
   return config;
 }
 
@@ -203,6 +204,7 @@ baton_code baton_agent_create(const baton_agent_config* config, baton_agent** ag
     cpp.max_metadata_bytes = c.max_metadata_bytes;
     cpp.default_timeout_ms = c.default_timeout_ms;
     cpp.stall_timeout_ms = c.stall_timeout_ms;
+    cpp.integrity = c.integrity != 0;
     auto handle = std::make_unique<baton_agent>();
     handle->manual_progress = cpp.manual_progress;
     BATON_ASSIGN_OR_RETURN(handle->agent, bt::Agent::create(std::move(cpp)));
@@ -304,6 +306,8 @@ baton_code baton_agent_get_stats(const baton_agent* agent, baton_agent_stats* st
     c.failed_transfers = now.failed_transfers;
     c.inbound_peers = now.inbound_peers;
     c.fences = now.fences;
+    c.checked_blocks = now.checked_blocks;
+    c.corrupt_blocks = now.corrupt_blocks;
     return give(c, "baton_agent_stats", stats);
   });
 }

@@ -25,7 +25,7 @@ namespace baton::transfer {
 namespace {
 
 constexpr uint32_t kHelloMagic = 0x48544142;  // "BATH"
-constexpr uint16_t kControlVersion = 2;
+constexpr uint16_t kControlVersion = 3;
 constexpr size_t kMaxRails = 256;
 constexpr size_t kMaxEndpointAddressBytes = 8192;  // a UCX worker's grows with the devices
 constexpr size_t kMaxPackedKeyBytes = 4096;
@@ -373,6 +373,22 @@ bool ControlPlane::send_rail_note(Id id, const RailNote& note) {
   return send(id, FrameSocket::Type::kRail, encode_rail_note(note));
 }
 
+bool ControlPlane::send_check(Id id, const Check& check) {
+  return send(id, FrameSocket::Type::kCheck, encode_check(check));
+}
+
+bool ControlPlane::send_check_result(Id id, const CheckResult& result) {
+  auto it = connections_.find(id);
+  if (it == connections_.end() || !send(id, FrameSocket::Type::kCheckResult, encode_check_result(result))) return false;
+  --it->second.open_checks;
+  return true;
+}
+
+bool ControlPlane::serves(Id id) const {
+  auto it = connections_.find(id);
+  return it != connections_.end() && !it->second.outbound && !it->second.fenced && still_connected(id);
+}
+
 void ControlPlane::watch(Id id, Connection& connection) {
   bool out = connection.connecting || connection.socket->unsent();
   if (out == connection.watching_out) return;
@@ -591,6 +607,25 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
       } else {
         delegate_.on_inbound_rail(id, *note);
       }
+      return;
+    }
+    case FrameSocket::Type::kCheck: {
+      if (connection.outbound || !connection.established) break;
+      Result<Check> check = parse_check(frame.payload);
+      *failure = check.status();
+      if (!failure->ok()) return;
+      if (!check->blocks.empty() && ++connection.open_checks > Check::kMaxOpen) {
+        *failure = invalid_argument("more than {} checks at once", Check::kMaxOpen);
+        return;
+      }
+      checks_.push_back({id, connection.name, std::move(*check)});
+      return;
+    }
+    case FrameSocket::Type::kCheckResult: {
+      if (!connection.outbound || !connection.established) break;
+      Result<CheckResult> result = parse_check_result(frame.payload);
+      *failure = result.status();
+      if (failure->ok()) check_results_.push_back({id, std::move(*result)});
       return;
     }
     case FrameSocket::Type::kFence:

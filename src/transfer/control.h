@@ -2,11 +2,13 @@
 
 #include <cstdint>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -15,6 +17,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "base/unique_handle.h"
+#include "transfer/integrity.h"
 
 /// The control connection between two agents: one stream socket (unix on one host, TCP between hosts) per
 /// pair and direction, beside the data path. It does what fabrics do not:
@@ -26,6 +29,8 @@
 ///     <---- Arrived{(message, count)...}   (ucx: the owner itself has put these messages into its memory)
 ///     Rail{down, open}             ---->   (several rails: one has failed, or is tried again)
 ///     <---- Rail{count, ready}
+///     Check{blocks, hashes}        ---->   (integrity mode: transfer/integrity.h)
+///     <---- CheckResult
 ///     <---- Fence                          stop writing; answered by closing, after the last write ended
 ///   closed by either side, or by the kernel when a process dies: the pair is over
 ///
@@ -88,7 +93,7 @@ using SocketAddress = std::string;
 /// A connected (or connecting) stream socket with frames on it. Not thread-safe.
 class FrameSocket {
  public:
-  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5, kRail = 6 };
+  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5, kRail = 6, kCheck = 7, kCheckResult = 8 };
   struct Frame {
     Type type;
     std::string payload;
@@ -113,9 +118,10 @@ class FrameSocket {
 };
 
 /// All control connections of one backend. Under the agent's lock.
-class ControlPlane {
+class ControlPlane final : public CheckChannel {
  public:
   using Id = uint64_t;
+  static_assert(std::is_same_v<Id, Connection>);
 
   class Delegate {
    public:
@@ -160,6 +166,13 @@ class ControlPlane {
   bool still_connected(Id id) const;
   void close_outbound(Id id);
 
+  // CheckChannel
+  bool send_check(Id id, const Check& check) override;
+  bool send_check_result(Id id, const CheckResult& result) override;
+  bool serves(Id id) const override;
+  void take_checks(std::vector<Received>& checks) override { take(checks_, checks); }
+  void take_check_results(std::vector<Answer>& results) override { take(check_results_, results); }
+
   Status fence(Epoch peer, uint64_t serial);
   /// Fences everybody who is connected, and lets nobody in any more.
   Status fence_all();
@@ -180,8 +193,14 @@ class ControlPlane {
     Epoch peer = Epoch::kNone;
     std::string name;
     int64_t opened_ns = 0;
+    uint32_t open_checks = 0;  // inbound: without an answer
   };
 
+  template <typename T>
+  static void take(std::vector<T>& from, std::vector<T>& to) {
+    to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
+    from.clear();
+  }
   bool send(Id id, FrameSocket::Type type, std::string_view payload);
   size_t shut(const std::vector<Id>& inbound);
   void accept_all();
@@ -205,6 +224,8 @@ class ControlPlane {
   std::unordered_map<Id, Connection> connections_;
   std::unordered_map<Epoch, uint64_t> fenced_;  // peer -> serial up to which it is refused
   std::deque<Epoch> fenced_order_;
+  std::vector<Received> checks_;
+  std::vector<Answer> check_results_;
   Id next_id_ = 1;
   size_t inbound_count_ = 0;
   bool closing_ = false;

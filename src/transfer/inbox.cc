@@ -59,6 +59,11 @@ void InboxTable::close(Tag tag) {
   });
 }
 
+bool InboxTable::is_open(uint32_t tag) const {
+  std::lock_guard lock(mutex_);
+  return inboxes_.contains(tag);
+}
+
 void InboxTable::add(uint32_t tag, uint64_t count) {
   std::lock_guard lock(mutex_);
   auto it = inboxes_.find(tag);

@@ -29,6 +29,7 @@ class InboxTable {
   uint64_t arrived(Tag tag) const;
   /// Waits for the tag's callback if another thread is inside it.
   void close(Tag tag);
+  bool is_open(uint32_t tag) const;
 
   /// Counts; a callback that is due now is kept until run_due().
   void add(uint32_t tag, uint64_t count);

@@ -70,6 +70,43 @@ Result<Allocation> parse_allocation(std::string_view bytes) {
   return allocation;
 }
 
+/// Brings GPU memory to where the CPU can read it, beside what the GPU does otherwise.
+class ReadBack {
+ public:
+  static constexpr uint64_t kBytes = 1u << 20;
+
+  static Result<std::unique_ptr<ReadBack>> create(std::shared_ptr<const Device> device) {
+    std::unique_ptr<ReadBack> made(new ReadBack(device));
+    BATON_ASSIGN_OR_RETURN(made->host_, PinnedMemory::allocate(device, kBytes));
+    CurrentDevice current(*device);
+    const Driver& cu = device->driver();
+    BATON_RETURN_IF_ERROR(cu.check(cu.stream_create(&made->stream_, kStreamNonBlocking, 0), "cuStreamCreate"));
+    return made;
+  }
+  ~ReadBack() {
+    if (stream_ == nullptr) return;
+    CurrentDevice current(*device_);
+    (void)device_->driver().stream_destroy(stream_);
+  }
+  ReadBack(const ReadBack&) = delete;
+  ReadBack& operator=(const ReadBack&) = delete;
+
+  Result<std::span<const std::byte>> read(CUdeviceptr from, uint64_t bytes) {
+    bytes = std::min(bytes, kBytes);
+    CurrentDevice current(*device_);
+    const Driver& cu = device_->driver();
+    BATON_RETURN_IF_ERROR(cu.check(cu.copy_async(host_.address(), from, bytes, stream_), "cuMemcpyAsync to the host"));
+    BATON_RETURN_IF_ERROR(cu.check(cu.stream_synchronize(stream_), "cuStreamSynchronize"));
+    return std::span<const std::byte>(host_.data(), bytes);
+  }
+
+ private:
+  explicit ReadBack(std::shared_ptr<const Device> device) : device_(std::move(device)) {}
+  const std::shared_ptr<const Device> device_;
+  PinnedMemory host_;
+  CUstream stream_ = nullptr;
+};
+
 /// A GPU of this process with its engine.
 struct LocalDevice {
   std::shared_ptr<const Device> device;
@@ -85,6 +122,7 @@ struct LocalDevice {
   std::array<std::deque<Copy>, CopyEngine::kStreams> copies;  // under way, in order
   int64_t last_end_ns = 0;
   Status broken;
+  std::unique_ptr<ReadBack> read_back;  // integrity mode
 };
 
 class CudaRegion final : public BackendRegion {
@@ -125,6 +163,7 @@ class CudaLink final : public Link {
   bool ready() const override { return ready_ && !dead_; }
   bool late_writes_possible() const override { return false; }
   bool closable() const override { return under_way_ == 0; }
+  CheckChannel::Connection connection() const override { return id_; }
 
   struct Pool {
     size_t allocation = 0;
@@ -184,6 +223,8 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_.inbound(); }
+  CheckChannel& checks() override { return control_; }
+  Result<std::span<const std::byte>> read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) override;
 
  private:
   friend class CudaLink;
@@ -274,6 +315,15 @@ Result<std::unique_ptr<BackendRegion>> CudaBackend::register_memory(std::span<st
   region->data = memory.data();
   region->remote_base = address - base;
   return std::unique_ptr<BackendRegion>(std::move(region));
+}
+
+Result<std::span<const std::byte>> CudaBackend::read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) {
+  LocalDevice& local = *static_cast<const CudaRegion&>(region).device;
+  if (!local.broken.ok()) return local.broken;
+  if (local.read_back == nullptr) {
+    BATON_ASSIGN_OR_RETURN(local.read_back, ReadBack::create(local.device));
+  }
+  return local.read_back->read(reinterpret_cast<CUdeviceptr>(region.data) + offset, bytes);
 }
 
 std::string CudaBackend::address() const {

@@ -48,6 +48,7 @@ class FabricLink final : public Link {
   bool ready() const override { return greeted_ && !dead_; }
   bool late_writes_possible() const override { return true; }
   bool closable() const override;
+  CheckChannel::Connection connection() const override { return id_; }
 
   /// The owner has let us in: opens the endpoints.
   Status open(const Welcome& welcome);

@@ -46,6 +46,7 @@ class ShmLink final : public Link {
   void flush() override;
   bool ready() const override { return ready_ && !dead_; }
   bool late_writes_possible() const override { return false; }
+  CheckChannel::Connection connection() const override { return id_; }
 
   struct RemotePool {
     uint64_t base = 0;                    // in the peer's process
@@ -165,6 +166,7 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     return control_.wants_time() ? 1'000'000'000 : INT64_MAX;
   }
   uint64_t inbound_peers() const override { return control_.inbound(); }
+  CheckChannel& checks() override { return control_; }
 
  private:
   friend class ShmLink;

@@ -27,7 +27,7 @@ class SimFabric::Network {
   explicit Network(SimOptions options) : options_(options), random_(options.seed) {}
 
   struct Event {
-    enum class Kind { kDeliver, kComplete, kLinkFailed, kNudge } kind = Kind::kNudge;
+    enum class Kind { kDeliver, kComplete, kLinkFailed, kCheck, kCheckResult, kNudge } kind = Kind::kNudge;
     Epoch from = Epoch::kNone;
     Epoch to = Epoch::kNone;
     uint64_t link = 0;
@@ -39,6 +39,8 @@ class SimFabric::Network {
     const std::byte* local = nullptr;
     std::vector<std::byte> copy;  // of the bytes, once their owner is gone
     Status status;
+    Check check;
+    CheckResult result;
   };
   struct Node {
     SimBackend* backend = nullptr;
@@ -49,6 +51,8 @@ class SimFabric::Network {
     // For its next progress().
     std::vector<uint32_t> arrivals;
     std::vector<std::pair<uint64_t, Event>> outcomes;  // link, what happened
+    std::vector<CheckChannel::Received> checks;
+    std::vector<CheckChannel::Answer> check_results;
 
     bool refuses(Epoch writer, uint64_t serial) const {
       auto it = fenced.find(writer);
@@ -100,6 +104,7 @@ class SimLink final : public Link {
   Result<PostResult> post(const BackendMessage& message) override;
   bool ready() const override { return true; }
   bool late_writes_possible() const override;
+  CheckChannel::Connection connection() const override { return id_; }
 
   SimBackend& backend_;
   const uint64_t id_;
@@ -107,7 +112,7 @@ class SimLink final : public Link {
   const uint64_t serial_;
 };
 
-class SimBackend final : public Backend {
+class SimBackend final : public Backend, private CheckChannel {
  public:
   SimBackend(SimFabric& fabric, std::shared_ptr<BackendContext> context)
       : network_(fabric.network()), context_(std::move(context)) {
@@ -195,11 +200,27 @@ class SimBackend final : public Backend {
   int64_t prepare_wait(std::vector<pollfd>&) override {
     std::lock_guard lock(network_.mutex_);
     Network::Node& node = network_.nodes_[context_->epoch];
-    if (!node.dead && !node.stalled && (!node.arrivals.empty() || !node.outcomes.empty())) return 0;
+    bool news = !node.arrivals.empty() || !node.outcomes.empty() || !node.checks.empty() || !node.check_results.empty();
+    if (!node.dead && !node.stalled && news) return 0;
     if (network_.events_.empty()) return kNever;
     return std::max<int64_t>(network_.events_.begin()->first.first - context_->clock->now_ns(), 0);
   }
   uint64_t inbound_peers() const override { return 0; }
+
+  CheckChannel& checks() override { return *this; }
+  bool send_check(Connection link, const Check& check) override;
+  bool send_check_result(Connection link, const CheckResult& result) override;
+  bool serves(Connection link) const override;
+  void take_checks(std::vector<Received>& checks) override { take(&Network::Node::checks, checks); }
+  void take_check_results(std::vector<Answer>& results) override { take(&Network::Node::check_results, results); }
+  template <typename T>
+  void take(std::vector<T> Network::Node::*from, std::vector<T>& to) {
+    std::lock_guard lock(network_.mutex_);
+    Network::Node& node = network_.nodes_[context_->epoch];
+    if (!node.dead && !node.stalled) to = std::exchange(node.*from, {});
+  }
+  /// The link with that id if it leads here and is let in. REQUIRES: the network's lock.
+  const SimLink* served_link(uint64_t id) const;
 
   void fail_link(Network::Node&, Epoch owner, uint64_t link, const Status& status, int64_t due_ns) {
     Network::Event event;
@@ -239,6 +260,51 @@ SimLink::~SimLink() {
 }
 
 bool SimLink::late_writes_possible() const { return backend_.network_.options_.late_writes; }
+
+const SimLink* SimBackend::served_link(uint64_t id) const {
+  const Network::Node& self = network_.nodes_[context_->epoch];
+  for (const auto& [epoch, node] : network_.nodes_) {
+    if (node.backend == nullptr || node.dead) continue;
+    auto it = node.backend->links_.find(id);
+    if (it == node.backend->links_.end() || it->second->peer_ != context_->epoch) continue;
+    return self.refuses(epoch, it->second->serial_) ? nullptr : it->second;
+  }
+  return nullptr;
+}
+
+bool SimBackend::serves(Connection link) const {
+  std::lock_guard lock(network_.mutex_);
+  return served_link(link) != nullptr;
+}
+
+bool SimBackend::send_check(Connection link, const Check& check) {
+  std::lock_guard lock(network_.mutex_);
+  Network::Node& self = network_.nodes_[context_->epoch];
+  if (self.dead || self.stalled) return false;
+  Network::Event event;
+  event.kind = Network::Event::Kind::kCheck;
+  event.from = context_->epoch;
+  event.to = links_.at(link)->peer_;
+  event.link = link;
+  event.check = check;
+  network_.schedule(context_->clock->now_ns() + network_.delay_ns(), std::move(event));
+  return true;
+}
+
+bool SimBackend::send_check_result(Connection link, const CheckResult& result) {
+  std::lock_guard lock(network_.mutex_);
+  Network::Node& self = network_.nodes_[context_->epoch];
+  const SimLink* writer = served_link(link);
+  if (self.dead || self.stalled || writer == nullptr) return false;
+  Network::Event event;
+  event.kind = Network::Event::Kind::kCheckResult;
+  event.from = context_->epoch;
+  event.to = writer->backend_.context_->epoch;
+  event.link = link;
+  event.result = result;
+  network_.schedule(context_->clock->now_ns() + network_.delay_ns(), std::move(event));
+  return true;
+}
 
 Result<PostResult> SimLink::post(const BackendMessage& message) {
   Network& network = backend_.network_;
@@ -304,6 +370,11 @@ void SimFabric::Network::deliver(Event& event, Node& to) {
     std::memcpy(pool.region.data() + segment.remote_offset, source, segment.bytes);
     copied += segment.bytes;
   }
+  if (options_.corrupt > 0 && random_.chance(options_.corrupt)) {
+    const Segment& segment = event.segments[random_.below(event.segments.size())];
+    const uint64_t bit = random_.below(segment.bytes * 8);
+    pool.region.data()[segment.remote_offset + bit / 8] ^= std::byte{1} << (bit % 8);
+  }
   if (event.tag != Tag::kNone) to.arrivals.push_back(static_cast<uint32_t>(event.tag));
   ++delivered_;
   wake(to);
@@ -339,6 +410,16 @@ size_t SimFabric::Network::advance(int64_t now_ns) {
         deliver(event, *to);
       }
       if (event.link != 0) schedule(due_ns, std::move(outcome));
+      continue;
+    }
+    if (event.kind == Event::Kind::kCheck || event.kind == Event::Kind::kCheckResult) {
+      if (to->dead || to->backend == nullptr || from->dead || from->backend == nullptr) continue;
+      if (event.kind == Event::Kind::kCheckResult) {
+        to->check_results.push_back({event.link, std::move(event.result)});
+      } else if (to->backend->served_link(event.link) != nullptr) {
+        to->checks.push_back({event.link, from->context->agent_name, std::move(event.check)});
+      }
+      wake(*to);
       continue;
     }
     if (from->dead || from->backend == nullptr) continue;

@@ -28,6 +28,8 @@ struct SimOptions {
   /// What is on its way still arrives after its sender has broken the path off or died, as with TCP: such
   /// transfers end unsettled, and only fence() stops the bytes.
   bool late_writes = true;
+  /// Share of messages of which one bit arrives wrong.
+  double corrupt = 0;
 };
 
 /// A network in one process: agents made with the same SimFabric reach each other. Moves the bytes at the

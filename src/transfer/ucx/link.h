@@ -53,6 +53,7 @@ class UcxLink : public Link {
   bool ready() const override { return endpoint_ != nullptr && !dead_; }
   bool late_writes_possible() const override { return true; }
   bool closable() const override;
+  CheckChannel::Connection connection() const override { return id_; }
 
   ControlPlane::Id id() const { return id_; }
 

@@ -99,6 +99,7 @@ class UcxBackend final : public Backend, private ControlPlane::Delegate, private
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_->inbound(); }
+  CheckChannel& checks() override { return *control_; }
 
  private:
   struct Done {

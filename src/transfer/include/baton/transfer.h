@@ -58,6 +58,11 @@ struct AgentConfig {
   uint32_t cuda_max_ctas = 0;
   /// CUDA's driver library; empty: libcuda.so.1. Opened when the first GPU memory is registered.
   std::string cuda_library = {};
+  /// For tests and diagnosis: what this agent writes is hashed before it goes out, and compared in the peer's memory when it
+  /// is delivered, block by block. A tagged transfer then counts one message more, which comes only when all its blocks
+  /// are right; one with a wrong block ends with kDataLoss and its inbox never gets full. Until then the blocks must not
+  /// change on either side, nor be written by anybody else. The peer needs no setting. It takes about twice the time.
+  bool integrity = false;
   /// No thread: the owner calls progress(). For simulations and tests.
   bool manual_progress = false;
 
@@ -123,7 +128,8 @@ class Transfer {
   explicit operator bool() const { return impl_ != nullptr; }
 
   bool done() const;
-  /// ok once every byte is delivered to the peer's memory; a failure names peer, rail, provider, operation.
+  /// ok once every byte is delivered to the peer's memory (and found right there, with AgentConfig::integrity); a failure
+  /// names peer, rail, provider, operation.
   /// Must be done().
   Status status() const;
   /// How many counted messages reach the receiver's inbox for this transfer. Known from the moment
@@ -202,6 +208,8 @@ struct AgentStats {
   uint64_t failed_transfers = 0;
   uint64_t inbound_peers = 0;   ///< agents that can write into this one now
   uint64_t fences = 0;
+  uint64_t checked_blocks = 0;  ///< blocks of this agent that a writer in integrity mode had checked
+  uint64_t corrupt_blocks = 0;  ///< those of them that did not hold what was sent
 };
 
 /// Owns rails, endpoints, completion queues and one progress thread per rail group.

@@ -87,6 +87,7 @@ typedef struct baton_agent_config {
   uint32_t max_metadata_bytes;
   int64_t default_timeout_ms;
   int64_t stall_timeout_ms;
+  int integrity; /**< 1: every block that is written is checked in the peer's memory; default 0 */
 } baton_agent_config;
 
 /** Call as baton_agent_config_init(&config, sizeof config). */
@@ -125,6 +126,7 @@ typedef struct baton_agent_stats {
   uint64_t peers, regions, registered_bytes;
   uint64_t messages_sent, bytes_sent, messages_received;
   uint64_t stray_messages, retries, failed_transfers, inbound_peers, fences;
+  uint64_t checked_blocks, corrupt_blocks; /**< of this agent, by writers in integrity mode */
 } baton_agent_stats;
 baton_code baton_agent_get_stats(const baton_agent* agent, baton_agent_stats* stats, baton_error* error);
 /** The transports that the agent offers, for people. Cut and NUL-terminated as snprintf does it; returns the whole
