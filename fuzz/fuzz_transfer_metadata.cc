@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "transfer/control.h"
+#include "transfer/integrity.h"
 #include "transfer/metadata.h"
 #include "transfer/wire.h"
 
@@ -18,6 +19,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   if (auto note = parse_rail_note(input); note.ok()) {
     BATON_CHECK(encode_rail_note(*note) == input);
+  }
+  if (auto check = parse_check(input); check.ok()) {
+    BATON_CHECK(encode_check(*check) == input);
+  }
+  if (auto result = parse_check_result(input); result.ok()) {
+    BATON_CHECK(encode_check_result(*result) == input);
   }
   // As it comes, and with a checksum that is right, so that the parser behind it is reached.
   baton::ignore_status(parse_metadata(input, 1u << 20).status());
