@@ -146,6 +146,7 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
   app->add_option("--runs", o.runs, "runs of each; median, least and most are shown")->capture_default_str();
   app->add_option("--pings", o.pings, "blocks sent there and back for the notification latency")->capture_default_str();
   app->add_flag("--verify", o.verify, "compare every block on the target");
+  app->add_flag("--integrity", o.integrity, "measure the library's integrity mode (hashes on both sides); no notification latency");
   app->add_flag("--no-baseline", command->no_baseline, "leave the bare transports out");
   CLI::Option* connect = app->add_option("--connect", o.connect, "HOST:PORT of a target [a process is started here]");
   CLI::Option* listen = app->add_option("--listen", command->target.listen, "be the target of one initiator: HOST:PORT");

@@ -91,6 +91,7 @@ Status run(const WorkerCommand& command) {
   config.transfer.name = config.name;
   config.transfer.transport = command.transfer.transport;
   config.transfer.allow_tcp = !command.transfer.no_tcp;
+  config.transfer.integrity = command.transfer.transfer_integrity;
   config.transfer.bind_address = command.transfer.bind_address;
   config.transfer.default_timeout_ms = command.transfer.transfer_timeout_ms;
   config.local_prefill_tokens = command.transfer.local_prefill_tokens;

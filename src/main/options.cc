@@ -131,6 +131,9 @@ void TransferFlags::add_to(CLI::App& command) {
   command.add_option("--bind-address", bind_address, "address that KV traffic over TCP uses; several, with commas: one rail each")->group("Handoff");
   command.add_option("--transfer-timeout-ms", transfer_timeout_ms, "a KV write fails after so long")
       ->capture_default_str()->group("Handoff");
+  command.add_flag("--transfer-integrity", transfer_integrity,
+                   "hash every KV block before it is sent and after it has arrived; for tests and diagnosis, about half the speed")
+      ->group("Handoff");
   command.add_option("--local-prefill-tokens", local_prefill_tokens,
                      "the decode worker computes prompts below this many new tokens itself; -1: measured, 256 at first")
       ->capture_default_str()->group("Handoff");
@@ -147,6 +150,7 @@ std::vector<std::string> TransferFlags::arguments() const {
   push(out, "--local-prefill-tokens", local_prefill_tokens, defaults.local_prefill_tokens);
   push(out, "--lease-ms", lease_ms, defaults.lease_ms);
   if (no_tcp) out.push_back("--no-tcp");
+  if (transfer_integrity) out.push_back("--transfer-integrity");
   return out;
 }
 

@@ -44,6 +44,7 @@ struct EngineFlags {
 struct TransferFlags {
   std::string transport = "auto";
   bool no_tcp = false;
+  bool transfer_integrity = false;
   std::string bind_address;
   int64_t transfer_timeout_ms = 30'000;
   int32_t local_prefill_tokens = -1;

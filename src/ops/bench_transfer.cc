@@ -194,7 +194,8 @@ class Initiator {
 
     uint64_t resident_before = resident_bytes();
     int64_t begin_ns = now_ns();
-    BATON_ASSIGN_OR_RETURN(agent_, BenchAgent::open("initiator", asked, ip_, options_.timeout_ms, pool_.span(), options_.block_bytes));
+    BATON_ASSIGN_OR_RETURN(agent_, BenchAgent::open("initiator", asked, ip_, options_.timeout_ms, pool_.span(), options_.block_bytes,
+                                                    options_.integrity));
     path.agent_ms = ms_since(begin_ns);
     begin_ns = now_ns();
     BATON_ASSIGN_OR_RETURN(peer_, agent_.agent->connect(opened.text));
@@ -216,7 +217,7 @@ class Initiator {
 
     std::vector<Baseline> baselines;
     if (options_.baseline) open_baselines(path, baselines);
-    if (options_.pings > 0) BATON_RETURN_IF_ERROR(measure_notifications(path));
+    if (options_.pings > 0 && !options_.integrity) BATON_RETURN_IF_ERROR(measure_notifications(path));
     for (uint64_t block_bytes : options_.block_bytes) {
       for (uint64_t blocks : block_counts(options_, block_bytes)) {
         for (const char* order : {"scattered", "contiguous"}) {

@@ -22,6 +22,7 @@ struct BenchTransferOptions {
   int32_t runs = 7;
   int32_t pings = 500;               ///< for the notification latency; 0: leave it out
   bool verify = false;               ///< every block is compared (XXH3) after each of our transfers
+  bool integrity = false;            ///< the library's integrity mode; without notification latency, which would count the check
   bool baseline = true;
   std::string connect;               ///< HOST:PORT of a target; empty: one is started here
   int64_t timeout_ms = 60'000;       ///< of one transfer, and of one answer of the target

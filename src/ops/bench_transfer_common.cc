@@ -32,12 +32,14 @@ std::string host_id() {
 uint64_t hash_block(std::span<const std::byte> block) { return XXH3_64bits(block.data(), block.size()); }
 
 Result<BenchAgent> BenchAgent::open(const std::string& name, const std::string& transport, const std::string& ip,
-                                    int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes) {
+                                    int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes,
+                                    bool integrity) {
   transfer::AgentConfig config;
   config.name = name;
   config.transport = transport;
   config.bind_address = ip;
   config.default_timeout_ms = timeout_ms;
+  config.integrity = integrity;
   BenchAgent result;
   BATON_ASSIGN_OR_RETURN(result.agent, transfer::Agent::create(config));
   BATON_ASSIGN_OR_RETURN(transfer::MemoryRegion region, result.agent->register_memory(memory, transfer::MemoryKind::kHost));

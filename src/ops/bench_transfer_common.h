@@ -23,7 +23,8 @@ struct BenchAgent {
   std::vector<uint64_t> block_sizes;  ///< pool i has blocks of block_sizes[i] bytes
 
   static Result<BenchAgent> open(const std::string& name, const std::string& transport, const std::string& ip,
-                                 int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes);
+                                 int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes,
+                                 bool integrity = false);
   Result<transfer::PoolId> pool_of(uint64_t block_bytes) const;
 };
 

@@ -14,8 +14,8 @@ double gb(double bytes_per_s) { return bytes_per_s * 1e-9; }
 double mib(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 std::string what_is_moved(const BenchTransferOptions& o) {
-  return fmt::format("pools of {}, the target's {}; blocks drawn anew from all of it for each run; medians of {} runs", format_bytes(o.pool_bytes),
-                     o.memory, o.runs);
+  return fmt::format("pools of {}, the target's {}; blocks drawn anew from all of it for each run; medians of {} runs{}", format_bytes(o.pool_bytes),
+                     o.memory, o.runs, o.integrity ? "; integrity mode: every block is hashed on both sides" : "");
 }
 
 ordered_json to_json(const Spread& s) { return {{"median", s.median}, {"min", s.min}, {"max", s.max}}; }
@@ -107,7 +107,7 @@ std::string bench_transfer_json(const BenchTransferResult& result) {
                     {"bytes_per_s", to_json(row.bytes_per_s)}, {"ms", row.ms}, {"initiator_cpu_s_per_gb", row.initiator_cpu_s_per_gb},
                     {"target_cpu_s_per_gb", row.target_cpu_s_per_gb}, {"retries", row.retries}, {"baselines", baselines}});
   }
-  ordered_json out = {{"target", result.target}, {"pool_bytes", o.pool_bytes}, {"memory", o.memory}, {"runs", o.runs}, {"seed", o.seed},
+  ordered_json out = {{"target", result.target}, {"pool_bytes", o.pool_bytes}, {"memory", o.memory}, {"runs", o.runs}, {"integrity", o.integrity}, {"seed", o.seed},
                       {"verified_blocks", result.verified_blocks}, {"paths", paths}, {"rows", rows}};
   return out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }

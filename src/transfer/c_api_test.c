@@ -25,6 +25,7 @@
 enum { kBlocks = 32, kStride = 8192 };
 
 static baton_error error;
+static int integrity; /* of the agents that open_node() makes */
 
 struct node {
   baton_agent* agent;
@@ -39,6 +40,8 @@ static void open_node(struct node* node, const char* name, const char* transport
   config.name = name;
   config.transport = transport;
   config.bind_address = "127.0.0.1";
+  CHECK(config.integrity == 0);
+  config.integrity = integrity;
   CHECK_OK(baton_agent_create(&config, &node->agent, &error));
   CHECK(baton_agent_epoch(node->agent) != 0);
   node->memory = calloc(kBlocks, kStride);
@@ -138,6 +141,7 @@ static void blocks_move(const char* transport) {
   baton_agent_stats stats = {.size = sizeof stats};
   CHECK_OK(baton_agent_get_stats(receiver.agent, &stats, &error));
   CHECK(stats.messages_received == 2 * messages && stats.regions == 1);
+  CHECK(stats.checked_blocks == (integrity ? 6u : 0u) && stats.corrupt_blocks == 0);
   char text[16];
   CHECK(baton_agent_describe(sender.agent, text, sizeof text) >= strlen(text) && strlen(text) <= 15);
 
@@ -248,6 +252,9 @@ int main(void) {
   baton_set_log_level(BATON_LOG_ERROR);
   blocks_move("shm");
   blocks_move("tcp");
+  integrity = 1;
+  blocks_move("shm");
+  integrity = 0;
   manual_progress_is_the_callers();
   mistakes_are_told();
   puts("ok");

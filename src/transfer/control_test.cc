@@ -146,6 +146,7 @@ TEST_P(ControlTest, GarbageAndSilenceCloseTheConnection) {
       std::string("\0\0\0\0\x01", 5),        // an empty Hello
       std::string("\0\0\0\0\x04", 5),        // arrivals before the Hello
       std::string("\0\0\0\0\x63", 5),        // no such type
+      std::string("\0\0\0\0\x07", 5),        // a check before the Hello
       std::string("\x04\0\0\0\x01" "junk", 9),
   };
   for (const std::string& input : inputs) {
@@ -193,6 +194,58 @@ TEST_P(ControlTest, WithoutDescriptorsAPeerIsTurnedAwayAtOnce) {
   // And when there are some again, the next one is let in.
   ASSERT_TRUE(writer_.connect(owner_.address(), kOwner, 3).ok());
   EXPECT_TRUE(pump([&] { return !writer_side_.welcomes.empty(); }));
+}
+
+TEST_P(ControlTest, ChecksAndTheirAnswers) {
+  Result<ControlPlane::Id> id = writer_.connect(owner_.address(), kOwner, 1);
+  ASSERT_TRUE(pump([&] { return !writer_side_.welcomes.empty(); }));
+  Check check;
+  check.block_bytes = 64;
+  check.blocks = {{128, 5}};
+  std::vector<CheckChannel::Received> received;
+  for (check.id = 1; check.id <= Check::kMaxOpen; ++check.id) ASSERT_TRUE(writer_.send_check(*id, check));
+  ASSERT_TRUE(pump([&] {
+    owner_.take_checks(received);
+    return received.size() == Check::kMaxOpen;
+  }));
+  EXPECT_EQ(received[0].from, "writer");
+  EXPECT_EQ(received[0].check.blocks, check.blocks);
+  const ControlPlane::Id inbound = received[0].connection;
+  EXPECT_TRUE(owner_.serves(inbound));
+  EXPECT_FALSE(writer_.serves(*id)) << "that is the other direction";
+  CheckResult result;
+  result.id = 1;
+  ASSERT_TRUE(owner_.send_check_result(inbound, result));
+  std::vector<CheckChannel::Answer> answers;
+  ASSERT_TRUE(pump([&] {
+    writer_.take_check_results(answers);
+    return !answers.empty();
+  }));
+  EXPECT_EQ(answers[0].connection, *id);
+  EXPECT_EQ(answers[0].result, result);
+  // One more has room, and a Check that is taken back needs none. Another one is too much.
+  ASSERT_TRUE(writer_.send_check(*id, check));
+  Check back;
+  back.id = check.id;
+  ASSERT_TRUE(writer_.send_check(*id, back));
+  received.clear();
+  ASSERT_TRUE(pump([&] {
+    owner_.take_checks(received);
+    return received.size() == 2;
+  }));
+  EXPECT_TRUE(owner_.serves(inbound));
+  ASSERT_TRUE(writer_.send_check(*id, check));
+  ASSERT_TRUE(pump([&] { return owner_side_.inbound_closed == 1; }));
+  EXPECT_FALSE(owner_.serves(inbound));
+}
+
+TEST_P(ControlTest, WhoIsFencedIsServedNoMore) {
+  Result<ControlPlane::Id> id = writer_.connect(owner_.address(), kOwner, 1);
+  ASSERT_TRUE(pump([&] { return !writer_side_.welcomes.empty(); }));
+  const ControlPlane::Id inbound = owner_side_.inbound.at(0);
+  EXPECT_TRUE(owner_.serves(inbound));
+  EXPECT_FALSE(owner_.fence(kWriter, 1).ok());  // not confirmed yet
+  EXPECT_FALSE(owner_.serves(inbound));
 }
 
 TEST_P(ControlTest, NobodyThereIsAnError) {
