@@ -21,7 +21,7 @@
 
 /// kill -9 and SIGSTOP of a peer at random moments, between real processes, from a seed:
 ///
-///   transfer_kill_test shm|tcp [--seeds N] [--first-seed S] [--slack SECONDS]
+///   transfer_kill_test shm|tcp|shm+integrity|tcp+integrity [--seeds N] [--first-seed S] [--slack SECONDS]
 ///
 /// The survivor (this process) has two peers. It writes to both and both write to it; one of them, the victim, is killed or
 /// stopped at a moment that the seed says: before it was connected, while connecting, with the first bytes, in the middle.
@@ -50,14 +50,18 @@ double slack_s = 60;
 
 double now_s() { return static_cast<double>(SteadyClock::instance().now_ns()) * 1e-9; }
 
+/// "shm", or "shm+integrity".
+std::string transport_of(const std::string& spec) { return spec.substr(0, spec.find('+')); }
+
 struct Node {
   std::vector<std::byte> memory = std::vector<std::byte>(kBlocks * kStride);
   std::unique_ptr<Agent> agent;
 
-  Node(const std::string& name, const std::string& transport) {
+  Node(const std::string& name, const std::string& spec) {
     AgentConfig config;
     config.name = name;
-    config.transport = transport;
+    config.transport = transport_of(spec);
+    config.integrity = config.transport != spec;
     config.bind_address = "127.0.0.1";
     Result<std::unique_ptr<Agent>> made = Agent::create(config);
     BATON_CHECK(made.ok()) << made.status().to_string();
@@ -155,9 +159,10 @@ class Child : public testing::ChildProcess {
 
 class Survivor {
  public:
-  explicit Survivor(const std::string& transport)
-      : transport_(transport), node_("survivor", transport), other_("other", transport) {
+  explicit Survivor(const std::string& spec)
+      : spec_(spec), transport_(transport_of(spec)), node_("survivor", spec), other_("other", spec) {
     node_.fill(0, kFromParent);
+    node_.fill(kHalf, kFromChild);  // what the other writes there: a source that changes would be found by integrity mode
     BATON_CHECK(other_.ask(fmt::format("write {} {}", to_hex(node_.agent->metadata()), kHalf)) == "ok");
     Result<Peer> peer = node_.agent->connect(other_.metadata);
     BATON_CHECK(peer.ok()) << peer.status().to_string();
@@ -187,7 +192,7 @@ class Survivor {
     size_t files = open_files();
     AgentStats before = node_.agent->stats();
 
-    Child victim("victim", transport_);
+    Child victim("victim", spec_);
     node_.fill(0, kFromParent);
     node_.agent->stats();
     if (it_writes) BATON_CHECK(victim.ask(fmt::format("write {} {}", to_hex(node_.agent->metadata()), 0)) == "ok");
@@ -304,7 +309,7 @@ class Survivor {
   }
 
  private:
-  const std::string transport_;
+  const std::string spec_, transport_;
   Node node_;
   Child other_;
   std::thread bystander_;
@@ -344,7 +349,7 @@ int main(int argc, char** argv) {
     else argc = 0;
   }
   if (argc < 2 || argc % 2 != 0) {
-    std::fprintf(stderr, "usage: %s shm|tcp [--seeds N] [--first-seed S] [--slack SECONDS]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s shm|tcp|shm+integrity|tcp+integrity [--seeds N] [--first-seed S] [--slack SECONDS]\n", argv[0]);
     return 2;
   }
   return baton::transfer::parent_main(argv[1], first, seeds);
