@@ -17,6 +17,7 @@
 #include "transfer/copied_messages.h"
 #include "transfer/cuda/copy_engine.h"
 #include "transfer/cuda/driver.h"
+#include "transfer/cuda/read_back.h"
 #include "transfer/wire.h"
 
 namespace baton::transfer {
@@ -69,43 +70,6 @@ Result<Allocation> parse_allocation(std::string_view bytes) {
   }
   return allocation;
 }
-
-/// Brings GPU memory to where the CPU can read it, beside what the GPU does otherwise.
-class ReadBack {
- public:
-  static constexpr uint64_t kBytes = 1u << 20;
-
-  static Result<std::unique_ptr<ReadBack>> create(std::shared_ptr<const Device> device) {
-    std::unique_ptr<ReadBack> made(new ReadBack(device));
-    BATON_ASSIGN_OR_RETURN(made->host_, PinnedMemory::allocate(device, kBytes));
-    CurrentDevice current(*device);
-    const Driver& cu = device->driver();
-    BATON_RETURN_IF_ERROR(cu.check(cu.stream_create(&made->stream_, kStreamNonBlocking, 0), "cuStreamCreate"));
-    return made;
-  }
-  ~ReadBack() {
-    if (stream_ == nullptr) return;
-    CurrentDevice current(*device_);
-    (void)device_->driver().stream_destroy(stream_);
-  }
-  ReadBack(const ReadBack&) = delete;
-  ReadBack& operator=(const ReadBack&) = delete;
-
-  Result<std::span<const std::byte>> read(CUdeviceptr from, uint64_t bytes) {
-    bytes = std::min(bytes, kBytes);
-    CurrentDevice current(*device_);
-    const Driver& cu = device_->driver();
-    BATON_RETURN_IF_ERROR(cu.check(cu.copy_async(host_.address(), from, bytes, stream_), "cuMemcpyAsync to the host"));
-    BATON_RETURN_IF_ERROR(cu.check(cu.stream_synchronize(stream_), "cuStreamSynchronize"));
-    return std::span<const std::byte>(host_.data(), bytes);
-  }
-
- private:
-  explicit ReadBack(std::shared_ptr<const Device> device) : device_(std::move(device)) {}
-  const std::shared_ptr<const Device> device_;
-  PinnedMemory host_;
-  CUstream stream_ = nullptr;
-};
 
 /// A GPU of this process with its engine.
 struct LocalDevice {
