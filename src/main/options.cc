@@ -132,7 +132,7 @@ void TransferFlags::add_to(CLI::App& command) {
   command.add_option("--transfer-timeout-ms", transfer_timeout_ms, "a KV write fails after so long")
       ->capture_default_str()->group("Handoff");
   command.add_flag("--transfer-integrity", transfer_integrity,
-                   "hash every KV block before it is sent and after it has arrived; for tests and diagnosis, about half the speed")
+                   "hash every KV block before it is sent and after it has arrived; for tests and diagnosis; a third of the speed on one host")
       ->group("Handoff");
   command.add_option("--local-prefill-tokens", local_prefill_tokens,
                      "the decode worker computes prompts below this many new tokens itself; -1: measured, 256 at first")

@@ -92,6 +92,9 @@ Status AgentCore::start(const BackendFactory& factory) {
   context_ = std::make_shared<Context>(*this);
   BATON_RETURN_IF_ERROR(open_backends(factory));
   log_info("transfer {}: epoch {:016x}, offers {}", config_.name, static_cast<uint64_t>(epoch_), describe());
+  if (config_.integrity) {
+    log_info("transfer {}: integrity mode: every block that is written is hashed here and where it arrives", config_.name);
+  }
   if (!config_.manual_progress) thread_ = std::thread([this] { run(); });
   return Status();
 }

@@ -45,6 +45,12 @@ class BenchTransfer(unittest.TestCase):
         self.check(["--transport", "shm", "tcp"], ["shm", "tcp"], both)
         self.check(["--transport", "shm", "--memory", "private"], ["shm"], both)
 
+    def test_integrity_mode(self):
+        done = bench(*SMALL, "--blocks", "3", "--integrity", "--transport", "shm", "tcp")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("integrity mode", done.stdout)
+        self.assertIn("blocks compared, all right", done.stdout)
+
     def test_a_target_that_listens_serves_one_initiator(self):
         target = subprocess.Popen([BATON, "bench", "transfer", "--listen", "127.0.0.1:0", "--pool-bytes", "8MiB"],
                                   stdout=subprocess.PIPE, text=True)

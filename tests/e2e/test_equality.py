@@ -99,6 +99,10 @@ class Equality(unittest.TestCase):
     def test_over_tcp(self):
         self.check("--local-prefill-tokens", 0, "--transport", "tcp")
 
+    def test_every_block_checked(self):
+        for transport in ("shm", "tcp"):
+            self.check("--local-prefill-tokens", 0, "--max-batched-tokens", 48, "--transport", transport, "--transfer-integrity")
+
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)

@@ -61,7 +61,7 @@ struct AgentConfig {
   /// For tests and diagnosis: what this agent writes is hashed before it goes out, and compared in the peer's memory when it
   /// is delivered, block by block. A tagged transfer then counts one message more, which comes only when all its blocks
   /// are right; one with a wrong block ends with kDataLoss and its inbox never gets full. Until then the blocks must not
-  /// change on either side, nor be written by anybody else. The peer needs no setting. It takes about twice the time.
+  /// change on either side, nor be written by anybody else. The peer needs no setting. Costs: docs/performance.md.
   bool integrity = false;
   /// No thread: the owner calls progress(). For simulations and tests.
   bool manual_progress = false;
