@@ -18,6 +18,7 @@ constexpr uint64_t kHashedBytesPerTurn = 4u << 20;
 Status AgentCore::hash_memory(Backend& backend, const MemoryRegion& region, const BackendRegion* registered,
                               uint64_t offset, uint64_t bytes, BlockHasher& hasher) {
   if (region.impl()->kind() == MemoryKind::kHost) {
+    const auto held = backend.hold_writes();
     hasher.add(region.impl()->memory().subspan(offset, bytes));
     return Status();
   }

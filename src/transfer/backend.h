@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -157,6 +158,8 @@ class Backend {
   virtual uint64_t inbound_peers() const = 0;
 
   virtual CheckChannel& checks() = 0;
+  /// Held while a check reads: in a simulation other agents' threads write this memory.
+  virtual std::unique_lock<std::mutex> hold_writes() { return {}; }
   /// Memory that the CPU cannot read, for checks: some of the `bytes` at `offset` of `region`, at least one. Good until the
   /// next call.
   virtual Result<std::span<const std::byte>> read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) {

@@ -208,6 +208,7 @@ class SimBackend final : public Backend, private CheckChannel {
   uint64_t inbound_peers() const override { return 0; }
 
   CheckChannel& checks() override { return *this; }
+  std::unique_lock<std::mutex> hold_writes() override { return std::unique_lock(network_.mutex_); }
   bool send_check(Connection link, const Check& check) override;
   bool send_check_result(Connection link, const CheckResult& result) override;
   bool serves(Connection link) const override;

@@ -253,6 +253,9 @@ class SimIntegrityTest : public SimTest {
   static constexpr LogLevel kQuiet = static_cast<LogLevel>(static_cast<int>(LogLevel::kError) + 1);
 
   void open(SimOptions options = slow()) {
+    peer_ = {};  // all of an earlier fabric goes before it
+    sender_.reset();
+    receiver_.reset();
     fabric_ = std::make_unique<SimFabric>(options);
     sender_ = make(*fabric_, "sender", true);
     receiver_ = make(*fabric_, "receiver");
