@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "bench/cuda_bench_common.h"
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/log.h"
@@ -31,8 +32,7 @@
 namespace {
 
 using namespace baton;
-using namespace baton::transfer;
-using namespace baton::transfer::cuda;
+using namespace baton::bench;
 
 struct Options {
   int from = 0, to = 1;
@@ -45,97 +45,10 @@ constexpr uint64_t kStrides[] = {16u << 10, 64u << 10, 2u << 20};
 constexpr int kStrideCount = 3;
 constexpr uint32_t kCounts[] = {4096, 2048, 256};
 
-int64_t now_ns() { return SteadyClock::instance().now_ns(); }
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 /// What both processes see.
 struct Shared {
   std::atomic<int64_t> arrived_ns;
   std::atomic<uint64_t> arrivals;
-};
-
-class Wire {
- public:
-  Wire(int in, int out) : in_(::fdopen(in, "rb")), out_(::fdopen(out, "wb")) {}
-  void put(const std::string& bytes) {
-    auto size = static_cast<uint32_t>(bytes.size());
-    std::fwrite(&size, sizeof(size), 1, out_);
-    std::fwrite(bytes.data(), 1, bytes.size(), out_);
-    std::fflush(out_);
-  }
-  std::string get() {
-    uint32_t size = 0;
-    if (std::fread(&size, sizeof(size), 1, in_) != 1) ::_exit(1);
-    std::string bytes(size, '\0');
-    if (size > 0 && std::fread(bytes.data(), 1, size, in_) != size) ::_exit(1);
-    return bytes;
-  }
-
- private:
-  FILE* in_;
-  FILE* out_;
-};
-
-uint64_t pattern(uint64_t word) { return (word + 1) * 0x9e3779b97f4a7c15ull; }
-
-std::vector<BlockPair> scattered(uint32_t count, uint64_t blocks, uint64_t seed) {
-  std::vector<uint32_t> from(blocks), to(blocks);
-  std::iota(from.begin(), from.end(), 0u);
-  std::iota(to.begin(), to.end(), 0u);
-  Random random(seed);
-  std::shuffle(from.begin(), from.end(), random);
-  std::shuffle(to.begin(), to.end(), random);
-  std::vector<BlockPair> pairs;
-  for (uint32_t i = 0; i < count; ++i) pairs.push_back({from[i], to[i]});
-  return pairs;
-}
-
-struct Gpu {
-  std::shared_ptr<const Driver> driver;
-  std::shared_ptr<const Device> device;
-  DeviceMemory memory;
-
-  Gpu(const Options& options, int ordinal) {
-    driver = Driver::load(options.library).value();
-    device = Device::open(driver, ordinal % driver->devices).value();
-    memory = DeviceMemory::allocate(device, options.pool_bytes).value();
-    clear();
-  }
-  void clear() {
-    CurrentDevice current(*device);
-    BATON_CHECK(driver->memory_set(memory.address(), 0, memory.bytes()) == kSuccess);
-  }
-  std::vector<uint64_t> download() const {
-    std::vector<uint64_t> words(memory.bytes() / 8);
-    CurrentDevice current(*device);
-    BATON_CHECK(driver->copy_to_host(words.data(), memory.address(), memory.bytes()) == kSuccess);
-    return words;
-  }
-  void upload(const std::vector<uint64_t>& words) {
-    CurrentDevice current(*device);
-    BATON_CHECK(driver->copy_to_device(memory.address(), words.data(), words.size() * 8) == kSuccess);
-  }
-  /// Blocks with wrong bytes, and blocks that were touched and should not have been.
-  size_t wrong_blocks(const std::vector<BlockPair>& pairs, uint64_t stride) const {
-    std::vector<uint64_t> words = download();
-    std::vector<bool> expected(memory.bytes() / stride);
-    size_t wrong = 0, each = stride / 8;
-    for (const BlockPair& pair : pairs) {
-      expected[pair.remote_block] = true;
-      bool good = true;
-      for (size_t i = 0; i < each; ++i) {
-        good = good && words[pair.remote_block * each + i] == pattern(pair.local_block * each + i);
-      }
-      wrong += good ? 0 : 1;
-    }
-    for (size_t block = 0; block < expected.size(); ++block) {
-      if (!expected[block] && words[block * each] != 0) ++wrong;
-    }
-    return wrong;
-  }
 };
 
 AgentConfig agent_config(const Options& options, const std::string& name, uint32_t max_ctas = 0) {
@@ -150,7 +63,7 @@ AgentConfig agent_config(const Options& options, const std::string& name, uint32
 /// The receiving process: pools of every stride on its own GPU, then on the sender's.
 void serve(const Options& options, Wire wire, Shared* shared) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  Gpu gpus[] = {Gpu(options, options.to), Gpu(options, options.from)};
+  Gpu gpus[] = {{options.library, options.to, options.pool_bytes}, {options.library, options.from, options.pool_bytes}};
   auto agent = Agent::create(agent_config(options, "receiver")).value();
   for (Gpu& gpu : gpus) {
     auto region = agent->register_memory(gpu.memory.span(), MemoryKind::kCuda).value();
@@ -272,94 +185,72 @@ double engine_gbps(const Gpu& from, const Gpu& to, int stride, const std::vector
   return median(rates);
 }
 
-/// Through pinned host memory, with a network in between that costs nothing: the receiver's ring reads the sender's slots.
-double staged_gbps(const Gpu& from, const Gpu& to, int stride, const std::vector<BlockPair>& pairs, int rounds) {
-  auto out = StagingRing::create(from.device, {}).value();
-  auto in = StagingRing::create(to.device, {}).value();
-  size_t step = std::max<size_t>(1, out->options().slot_bytes / kStrides[stride]);
+/// The pieces of one staged copy each, again and again.
+struct StagedWork {
   std::vector<Segment> pieces;
-  for (const BlockPair& pair : pairs) {
-    pieces.push_back({pair.local_block * kStrides[stride], pair.remote_block * kStrides[stride], kStrides[stride]});
-  }
-  std::vector<double> rates;
-  constexpr int kRepeats = 4;
-  for (int round = 0; round <= rounds; ++round) {
-    struct Moving {
-      uint32_t slot;
-      std::span<const Segment> pieces;
-      std::optional<uint32_t> arriving;
-    };
-    std::vector<Moving> moving;
-    size_t next = 0, end = pieces.size() * kRepeats;
-    int64_t start = now_ns();
-    while (next < end || !moving.empty()) {
-      if (next < end) {
-        size_t first = next % pieces.size();
-        auto part = std::span<const Segment>(pieces).subspan(first, std::min(step, pieces.size() - first));
-        if (auto slot = out->gather(from.memory.address(), part).value()) {
-          moving.push_back({*slot, part, {}});
-          next += part.size();
-        }
-      }
-      for (Moving& one : moving) {
-        if (one.arriving || !out->ended(one.slot)) continue;
-        std::optional<uint32_t> slot = in->acquire();
-        if (!slot) break;
-        if (in->scatter_from(*out, one.slot, *slot, to.memory.address(), one.pieces).value()) {
-          one.arriving = slot;
-        } else {
-          in->release(*slot);
-        }
-      }
-      std::erase_if(moving, [&](const Moving& one) {
-        if (!one.arriving || !in->ended(*one.arriving)) return false;
-        in->release(*one.arriving);
-        out->release(one.slot);
-        return true;
-      });
-    }
-    if (round > 0) {
-      rates.push_back(kRepeats * static_cast<double>(pairs.size() * kStrides[stride]) /
-                      static_cast<double>(now_ns() - start));
+  size_t step, next = 0, end;
+  StagedWork(int stride, const std::vector<BlockPair>& pairs, int repeats)
+      : step(std::max<size_t>(1, Stager::Options().copy_bytes / kStrides[stride])),
+        end(pairs.size() * static_cast<size_t>(repeats)) {
+    for (const BlockPair& pair : pairs) {
+      pieces.push_back({pair.local_block * kStrides[stride], pair.remote_block * kStrides[stride], kStrides[stride]});
     }
   }
-  return median(rates);
-}
+  std::span<const Segment> part() const {
+    size_t first = next % pieces.size();
+    return std::span(pieces).subspan(first, std::min(step, pieces.size() - first));
+  }
+};
 
-/// One direction of the staging ring alone.
-double half_staged_gbps(const Gpu& gpu, int stride, const std::vector<BlockPair>& pairs, bool gathers, int rounds) {
-  auto ring = StagingRing::create(gpu.device, {}).value();
-  size_t step = std::max<size_t>(1, ring->options().slot_bytes / kStrides[stride]);
-  std::vector<Segment> pieces;
-  for (const BlockPair& pair : pairs) {
-    pieces.push_back({pair.local_block * kStrides[stride], pair.remote_block * kStrides[stride], kStrides[stride]});
-  }
-  std::vector<double> rates;
+/// Through pinned host memory, with a network in between that costs nothing: the receiver reads the sender's slots.
+/// Without `to` the way out of the GPU alone, without `from` the way in.
+double staged_gbps(const Gpu* from, const Gpu* to, int stride, const std::vector<BlockPair>& pairs, int rounds) {
   constexpr int kRepeats = 4;
+  constexpr uint32_t kSlots = 16;
+  const Gpu& any = from != nullptr ? *from : *to;
+  auto out = Stager::create(any.device, {}).value();
+  auto in = Stager::create(to != nullptr ? to->device : any.device, {}).value();
+  const uint64_t slot_bytes = out->options().copy_bytes;
+  auto host = PinnedMemory::allocate(any.device, kSlots * slot_bytes).value();
+  struct Moving {
+    uint32_t slot;
+    std::span<const Segment> pieces;
+    std::optional<uint32_t> gathered, scattered;
+    bool arrived;
+  };
+  std::vector<double> rates;
   for (int round = 0; round <= rounds; ++round) {
-    std::vector<uint32_t> moving;
-    size_t next = 0, end = pieces.size() * kRepeats;
+    StagedWork work(stride, pairs, kRepeats);
+    std::vector<Moving> moving;
+    std::vector<uint32_t> free(kSlots);
+    std::iota(free.begin(), free.end(), 0u);
     int64_t start = now_ns();
-    while (next < end || !moving.empty()) {
-      if (next < end) {
-        size_t first = next % pieces.size();
-        auto part = std::span<const Segment>(pieces).subspan(first, std::min(step, pieces.size() - first));
-        std::optional<uint32_t> slot;
-        if (gathers) {
-          slot = ring->gather(gpu.memory.address(), part).value();
-        } else if ((slot = ring->acquire()) && !ring->scatter(*slot, gpu.memory.address(), part).value()) {
-          ring->release(*slot);
-          slot.reset();
+    while (work.next < work.end || !moving.empty()) {
+      if (work.next < work.end && !free.empty()) {
+        Moving one{free.back(), work.part(), {}, {}, from == nullptr};
+        if (from != nullptr) {
+          one.gathered = out->gather(from->memory.address(), one.pieces, host.address() + one.slot * slot_bytes).value();
         }
-        if (slot) {
-          moving.push_back(*slot);
-          next += part.size();
+        if (from == nullptr || one.gathered) {
+          free.pop_back();
+          work.next += one.pieces.size();
+          moving.push_back(one);
         }
       }
-      std::erase_if(moving, [&](uint32_t slot) {
-        if (!ring->ended(slot)) return false;
-        ring->release(slot);
-        return true;
+      std::erase_if(moving, [&](Moving& one) {
+        if (!one.arrived && out->ended(*one.gathered)) {
+          out->release(*one.gathered);
+          one.arrived = true;
+        }
+        bool over = one.arrived && to == nullptr;
+        if (one.arrived && to != nullptr && !one.scattered) {
+          one.scattered = in->scatter(host.address() + one.slot * slot_bytes, to->memory.address(), one.pieces).value();
+        } else if (one.scattered && in->ended(*one.scattered)) {
+          in->release(*one.scattered);
+          over = true;
+        }
+        if (over) free.push_back(one.slot);
+        return over;
       });
     }
     if (round > 0) {
@@ -442,7 +333,8 @@ void measure_latency(const Sender& sender, Shared* shared, Tag tag, int gpu, con
 }
 
 void measure(const Options& options, Wire& wire, Shared* shared) {
-  Gpu from(options, options.from), local_to(options, options.to), local_same(options, options.from);
+  Gpu from(options.library, options.from, options.pool_bytes), local_to(options.library, options.to, options.pool_bytes),
+      local_same(options.library, options.from, options.pool_bytes);
   std::vector<uint64_t> words(options.pool_bytes / 8);
   for (size_t i = 0; i < words.size(); ++i) words[i] = pattern(i);
   from.upload(words);
@@ -486,10 +378,10 @@ void measure(const Options& options, Wire& wire, Shared* shared) {
   std::printf("\nstaged (GB/s): block | gather | scatter | GPU to host to GPU | wrong blocks\n");
   for (int stride = 0; stride < kStrideCount; ++stride) {
     std::vector<BlockPair> pairs = scattered(kCounts[stride], options.pool_bytes / kStrides[stride], 8);
-    double gathered = half_staged_gbps(from, stride, pairs, true, options.rounds);
-    double spread = half_staged_gbps(local_to, stride, pairs, false, options.rounds);
+    double gathered = staged_gbps(&from, nullptr, stride, pairs, options.rounds);
+    double spread = staged_gbps(nullptr, &local_to, stride, pairs, options.rounds);
     local_to.clear();
-    double rate = staged_gbps(from, local_to, stride, pairs, options.rounds);
+    double rate = staged_gbps(&from, &local_to, stride, pairs, options.rounds);
     size_t wrong = local_to.wrong_blocks(pairs, kStrides[stride]);
     all_wrong += wrong;
     std::printf("%18zu K | %6.1f | %7.1f | %18.1f | %zu\n", static_cast<size_t>(kStrides[stride] >> 10), gathered, spread,

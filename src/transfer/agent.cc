@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "transfer/agent_impl.h"
 #include "transfer/cuda/cuda_backend.h"
+#include "transfer/cuda/staged_backend.h"
 #include "transfer/descriptors.h"
 #include "transfer/fabric/fabric_backend.h"
 #include "transfer/fabric/provider.h"
@@ -20,13 +21,26 @@
 namespace baton::transfer {
 namespace {
 
-constexpr std::array<std::string_view, 8> kTransports = {"auto", "shm", "tcp",      "efa", "verbs",
-                                                         "ucx",  "cuda_ipc", "sim"};
+constexpr std::array<std::string_view, 13> kTransports = {
+    "auto",     "shm",        "tcp",        "efa",        "verbs",        "ucx",
+    "cuda_ipc", "staged:shm", "staged:tcp", "staged:efa", "staged:verbs", "sim", "staged:sim"};
 
 /// Hashing happens under the agent's lock.
 constexpr uint64_t kMaxHashedBurstBytes = 4u << 20;
 
 std::string_view kind_name(MemoryKind kind) { return kind == MemoryKind::kCuda ? "GPU" : "host"; }
+
+std::string kinds_name(MemoryKind from, MemoryKind to) {
+  return from == to ? std::string(kind_name(from)) : fmt::format("{} to {}", kind_name(from), kind_name(to));
+}
+
+/// The backend of a transport that moves host memory.
+Result<std::unique_ptr<Backend>> open_host_backend(std::shared_ptr<BackendContext> context, const std::string& transport,
+                                                   bool open_now) {
+  if (transport == "shm") return create_shm_backend(std::move(context));
+  if (is_ucx_transport(transport)) return create_ucx_backend(std::move(context), transport);
+  return create_fabric_backend(std::move(context), transport, open_now);
+}
 
 /// Identifies the running kernel: the same for all containers of a host, new after every boot.
 std::string read_host_id() {
@@ -107,13 +121,17 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
   };
   if (factory) return add(factory(context_));
   const std::string& transport = config_.transport;
-  if (transport == "sim") {
-    return invalid_argument("transport 'sim' is made with create_sim_agent()");
+  if (transport.ends_with("sim")) {
+    return invalid_argument("transport '{}' is made with create_sim_agent()", transport);
   }
-  if (transport == "shm") return add(create_shm_backend(context_));
+  auto add_staged = [&](const std::string& name) {
+    return add(create_staged_backend(context_, name, [](std::shared_ptr<BackendContext> context, const std::string& host) {
+      return open_host_backend(std::move(context), host, false);
+    }));
+  };
   if (transport == "cuda_ipc") return add(create_cuda_backend(context_));
-  if (is_ucx_transport(transport)) return add(create_ucx_backend(context_, transport));
-  if (transport != "auto") return add(create_fabric_backend(context_, transport, true));
+  if (is_staged_transport(transport)) return add_staged(transport);
+  if (transport != "auto") return add(open_host_backend(context_, transport, true));
 
   // auto: what each of these can do is decided per peer, in choose_path().
   if (Status shm = add(create_shm_backend(context_)); !shm.ok()) {
@@ -123,8 +141,7 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
   if (rdma) {
     // UCX where libfabric cannot use the device: it opens every device it likes, libfabric the one that is asked for.
     for (const char* name : {"efa", "verbs", "ucx"}) {
-      bool ucx = is_ucx_transport(name);
-      Status status = add(ucx ? create_ucx_backend(context_, name) : create_fabric_backend(context_, name, true));
+      Status status = add(open_host_backend(context_, name, true));
       if (status.ok()) break;
       log_info("transfer {}: no {}: {}", config_.name, name, status.message());
     }
@@ -135,18 +152,25 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
     }
   }
   if (backends_.empty()) return unavailable("no transport could be opened; the log says why");
+  // Behind all of these: only GPU memory takes it, and only where there is nothing better.
+  const size_t host_backends = backends_.size();
+  for (size_t i = 0; i < host_backends; ++i) {
+    const std::string name = fmt::format("{}{}", kStagedPrefix, backends_[i]->transport());
+    if (Status staged = add_staged(name); !staged.ok()) {
+      log_warning("transfer {}: no {}: {}", config_.name, name, staged.to_string());
+    }
+  }
   return Status();
 }
 
 /// Under the lock. With "auto" the driver is not touched before somebody has GPU memory.
 Status AgentCore::need_cuda_backend() {
-  for (const auto& backend : backends_) {
-    if (backend->moves(MemoryKind::kCuda)) return Status();
-  }
   if (config_.transport != "auto") {
-    return invalid_argument("transport '{}' moves host memory only; GPU memory needs 'auto' or 'cuda_ipc'",
-                            config_.transport);
+    if (backends_.front()->moves(MemoryKind::kCuda, MemoryKind::kCuda)) return Status();
+    return invalid_argument("transport '{}' moves host memory only; GPU memory needs 'auto', 'cuda_ipc' or 'staged:{}'",
+                            config_.transport, config_.transport);
   }
+  if (backends_.front()->transport() == "cuda_ipc") return Status();
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, create_cuda_backend(context_));
   log_info("transfer {}: offers {} as well", config_.name, backend->describe());
   backends_.insert(backends_.begin(), std::move(backend));
@@ -225,12 +249,13 @@ Result<MemoryRegion> AgentCore::register_memory(std::span<std::byte> memory, Mem
     std::lock_guard lock(mutex_);
     if (kind == MemoryKind::kCuda) BATON_RETURN_IF_ERROR(need_cuda_backend());
     for (const auto& backend : backends_) {
-      if (config_.transport != "auto" || backend->moves(kind)) {
+      if (config_.transport != "auto" || backend->transport() == "cuda_ipc") {
         BATON_RETURN_IF_ERROR(impl->with(*backend).status());
       }
     }
   }
   std::lock_guard lock(handover_mutex_);
+  has_cuda_memory_ = has_cuda_memory_ || kind == MemoryKind::kCuda;
   ++registered_regions_;
   registered_bytes_ += memory.size();
   return MemoryRegion(std::move(impl));
@@ -270,12 +295,12 @@ std::string AgentCore::metadata() const {
   return encode_metadata(metadata);
 }
 
-Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer, MemoryKind kind) {
+Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer, MemoryKind from, MemoryKind to) {
   bool same_host = !host_id_.empty() && host_id_ == peer.host_id;
   bool automatic = config_.transport == "auto";
   std::string tried;
   for (const auto& backend : backends_) {
-    if (!backend->moves(kind)) continue;
+    if (!backend->moves(from, to)) continue;
     const std::string& transport = backend->transport();
     auto offer = std::find_if(peer.offers.begin(), peer.offers.end(),
                               [&](const Metadata::Offer& one) { return one.transport == transport; });
@@ -284,7 +309,7 @@ Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer, Memor
       skip("the peer does not offer it");
       continue;
     }
-    if ((transport == "shm" || transport == "cuda_ipc") && !same_host) {
+    if ((transport == "shm" || transport == "cuda_ipc" || transport == "staged:shm") && !same_host) {
       skip("another host");
       continue;
     }
@@ -300,8 +325,8 @@ Result<AgentCore::PathChoice> AgentCore::choose_path(const Metadata& peer, Memor
   }
   std::vector<std::string_view> offered;
   for (const Metadata::Offer& offer : peer.offers) offered.push_back(offer.transport);
-  if (tried.empty()) tried = "no transport here moves it (GPU memory has to be registered before connect())";
-  return unavailable("no path for {} memory to '{}' (transport {}, {} host; it offers {}): {}", kind_name(kind), peer.name,
+  if (tried.empty()) tried = "no transport here moves it";
+  return unavailable("no path for {} memory to '{}' (transport {}, {} host; it offers {}): {}", kinds_name(from, to), peer.name,
                      config_.transport, same_host ? "same" : "other", fmt::join(offered, ", "), tried);
 }
 
@@ -311,20 +336,35 @@ Result<PeerPaths> AgentCore::connect(std::string_view bytes) {
   if (stopping_.load()) return unavailable("the agent is closed");
   PeerPaths paths;
   Status last;
-  for (MemoryKind kind : {MemoryKind::kHost, MemoryKind::kCuda}) {
-    auto has_kind = [kind](const Metadata::Pool& pool) { return pool.kind == kind; };
+  std::array<bool, 2> here{true, false};
+  {
+    std::lock_guard handover(handover_mutex_);
+    here[1] = has_cuda_memory_;
+    // Between kinds there is only a path where both sides have a use for it.
+    here[0] = std::any_of(pools_.begin(), pools_.end(),
+                          [](const LocalPool& pool) { return pool.region.impl()->kind() == MemoryKind::kHost; });
+  }
+  for (MemoryKind to : {MemoryKind::kHost, MemoryKind::kCuda}) {
+    auto has_kind = [to](const Metadata::Pool& pool) { return pool.kind == to; };
     bool wanted = std::any_of(metadata.pools.begin(), metadata.pools.end(), has_kind) ||
-                  (metadata.pools.empty() && kind == MemoryKind::kHost);
-    auto index = static_cast<size_t>(kind);
-    if (!wanted) {
-      paths.missing[index] = invalid_argument("'{}' has no pool of {} memory", metadata.name, kind_name(kind));
-      continue;
-    }
-    Result<std::shared_ptr<PeerCore>> path = open_path(metadata, kind);
-    if (path.ok()) {
-      paths.cores[index] = std::move(*path);
-    } else {
-      last = paths.missing[index] = path.status();
+                  (metadata.pools.empty() && to == MemoryKind::kHost);
+    for (MemoryKind from : {to, to == MemoryKind::kHost ? MemoryKind::kCuda : MemoryKind::kHost}) {
+      const size_t index = PeerPaths::index(from, to);
+      if (!wanted) {
+        paths.missing[index] = invalid_argument("'{}' has no pool of {} memory", metadata.name, kind_name(to));
+        continue;
+      }
+      const bool usable = here[static_cast<size_t>(from)] || (from == to && from == MemoryKind::kHost);
+      Result<std::shared_ptr<PeerCore>> path =
+          usable ? open_path(metadata, from, to)
+                 : failed_precondition("no path for {} memory to '{}': there is no {} memory here (it has to be registered "
+                                       "before connect())", kinds_name(from, to), metadata.name, kind_name(from));
+      if (path.ok()) {
+        paths.cores[index] = std::move(*path);
+        continue;
+      }
+      paths.missing[index] = path.status();
+      if (from == to) last = path.status();
     }
   }
   bool some = std::any_of(paths.cores.begin(), paths.cores.end(), [](const auto& core) { return core != nullptr; });
@@ -334,15 +374,17 @@ Result<PeerPaths> AgentCore::connect(std::string_view bytes) {
   return paths;
 }
 
-Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata, MemoryKind kind) {
+Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata, MemoryKind from,
+                                                            MemoryKind to) {
   for (const auto& peer : peers_) {
-    if (peer->kind == kind && peer->metadata == metadata && peer->alive.load()) return peer;
+    if (peer->from == from && peer->to == to && peer->metadata == metadata && peer->alive.load()) return peer;
   }
-  BATON_ASSIGN_OR_RETURN(PathChoice path, choose_path(metadata, kind));
+  BATON_ASSIGN_OR_RETURN(PathChoice path, choose_path(metadata, from, to));
   auto peer = std::make_shared<PeerCore>();
   peer->agent = weak_from_this();
   peer->metadata = metadata;
-  peer->kind = kind;
+  peer->from = from;
+  peer->to = to;
   peer->backend = path.backend;
   peer->transport = path.backend->transport();
   peer->provider = path.backend->provider();
@@ -356,7 +398,7 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   peer->link = std::move(path.link);
   peer->link->owner = peer.get();
   peers_.push_back(peer);
-  log_info("transfer {}: path for {} memory to '{}' (epoch {:016x}): {} ({}), {}", config_.name, kind_name(kind),
+  log_info("transfer {}: path for {} memory to '{}' (epoch {:016x}): {} ({}), {}", config_.name, kinds_name(from, to),
            peer->metadata.name, static_cast<uint64_t>(peer->metadata.epoch), peer->transport, peer->provider,
            peer->reason);
   return peer;
@@ -381,15 +423,11 @@ Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite writ
     return invalid_argument("'{}' has no pool {}", metadata.name, static_cast<uint32_t>(write.remote_pool));
   }
   MemoryKind kind = local.region.impl()->kind();
-  if (kind != remote->kind) {
-    return unimplemented("pool {} is {} memory and pool {} of '{}' is {} memory: blocks move between pools of one kind",
-                         local.id, kind_name(kind), remote->id, metadata.name, kind_name(remote->kind));
-  }
   if (write.after != nullptr && kind != MemoryKind::kCuda) {
     return invalid_argument("'after' is an event of the GPU, and pool {} is host memory", local.id);
   }
-  const std::shared_ptr<PeerCore>& peer = paths.of(kind);
-  if (peer == nullptr) return paths.missing[static_cast<size_t>(kind)];
+  const std::shared_ptr<PeerCore>& peer = paths.of(kind, remote->kind);
+  if (peer == nullptr) return paths.missing[PeerPaths::index(kind, remote->kind)];
   uint64_t stride = std::min(local.stride_bytes, remote->stride_bytes);
   if (write.length_bytes == 0 || write.length_bytes > stride || write.offset_bytes > stride - write.length_bytes) {
     return invalid_argument("{} bytes from offset {} are outside of blocks of {} (here) and {} bytes ('{}')",
@@ -525,10 +563,10 @@ bool Peer::alive() const {
   return std::all_of(impl_->paths_.cores.begin(), impl_->paths_.cores.end(),
                      [](const auto& core) { return core == nullptr || core->alive.load(); });
 }
-PathInfo Peer::path() const { return path(impl_->paths_.main().kind); }
-PathInfo Peer::path(MemoryKind kind) const {
-  const std::shared_ptr<PeerCore>& core = impl_->paths_.of(kind);
-  if (core == nullptr) return {{}, {}, 0, impl_->paths_.missing[static_cast<size_t>(kind)].message(), 0};
+PathInfo Peer::path() const { return path(impl_->paths_.main().from, impl_->paths_.main().to); }
+PathInfo Peer::path(MemoryKind from, MemoryKind to) const {
+  const std::shared_ptr<PeerCore>& core = impl_->paths_.of(from, to);
+  if (core == nullptr) return {{}, {}, 0, impl_->paths_.missing[PeerPaths::index(from, to)].message(), 0};
   PathInfo path{core->transport, core->provider, core->rails, core->reason, 0};
   double busy_s = static_cast<double>(core->busy_ns.load()) * 1e-9;
   if (busy_s > 0) path.bandwidth_bytes_per_s = static_cast<double>(core->bytes.load()) / busy_s;

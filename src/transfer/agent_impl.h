@@ -103,7 +103,7 @@ namespace baton::transfer {
 
 using TransferPointer = std::shared_ptr<Transfer::Impl>;
 
-/// One remote agent, in one of its lives, over one backend, for one kind of memory.
+/// One remote agent, in one of its lives, over one backend, from one kind of memory to one.
 class PeerCore {
  public:
   enum class State { kOpen, kClosing, kClosed };  // closing: waits for what a shared endpoint still does
@@ -111,7 +111,8 @@ class PeerCore {
   // Constant after connect().
   std::weak_ptr<AgentCore> agent;
   Metadata metadata;
-  MemoryKind kind = MemoryKind::kHost;
+  MemoryKind from = MemoryKind::kHost;
+  MemoryKind to = MemoryKind::kHost;
   Backend* backend = nullptr;  // valid while the agent lives
   std::string transport;
   std::string provider;
@@ -150,15 +151,21 @@ class PeerCore {
   std::atomic<int64_t> busy_ns{0};
 };
 
-/// The paths to one remote agent, by kind of memory. Constant after connect(); at least one is there.
+/// The paths to one remote agent, by kinds of memory. Constant after connect(); at least one is there.
 struct PeerPaths {
-  static constexpr size_t kKinds = 2;
-  std::array<std::shared_ptr<PeerCore>, kKinds> cores;
-  std::array<Status, kKinds> missing;  // why there is none
+  static constexpr size_t kPaths = 4;
+  std::array<std::shared_ptr<PeerCore>, kPaths> cores;
+  std::array<Status, kPaths> missing;  // why there is none
 
-  const std::shared_ptr<PeerCore>& of(MemoryKind kind) const { return cores[static_cast<size_t>(kind)]; }
-  /// That of GPU memory if there is one.
-  const PeerCore& main() const { return cores[1] != nullptr ? *cores[1] : *cores[0]; }
+  static size_t index(MemoryKind from, MemoryKind to) { return 2 * static_cast<size_t>(from) + static_cast<size_t>(to); }
+  const std::shared_ptr<PeerCore>& of(MemoryKind from, MemoryKind to) const { return cores[index(from, to)]; }
+  /// That between GPU memories if there is one, else that between host memories.
+  const PeerCore& main() const {
+    for (size_t i : {3, 0, 2}) {
+      if (cores[i] != nullptr) return *cores[i];
+    }
+    return *cores[1];
+  }
 };
 
 class AgentCore final : public BackendEvents, public std::enable_shared_from_this<AgentCore> {
@@ -205,8 +212,8 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
     BackendLimits limits;
     std::string reason;
   };
-  Result<PathChoice> choose_path(const Metadata& peer, MemoryKind kind);
-  Result<std::shared_ptr<PeerCore>> open_path(const Metadata& peer, MemoryKind kind);
+  Result<PathChoice> choose_path(const Metadata& peer, MemoryKind from, MemoryKind to);
+  Result<std::shared_ptr<PeerCore>> open_path(const Metadata& peer, MemoryKind from, MemoryKind to);
   Status open_backends(const BackendFactory& factory);
   Status need_cuda_backend();
 
@@ -291,6 +298,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   // What other threads hand over to progress.
   mutable std::mutex handover_mutex_;
   std::vector<LocalPool> pools_;  // only grows
+  bool has_cuda_memory_ = false;
   uint64_t registered_regions_ = 0, registered_bytes_ = 0;
   std::vector<std::shared_ptr<PeerCore>> fresh_;
   std::vector<TransferPointer> cancels_;

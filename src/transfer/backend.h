@@ -132,8 +132,10 @@ class Backend {
     (void)address;
     return limits();
   }
-  /// Between pools of which kind of memory it moves blocks.
-  virtual bool moves(MemoryKind kind) const { return kind == MemoryKind::kHost; }
+  /// Between pools of which kinds of memory it moves blocks.
+  virtual bool moves(MemoryKind from, MemoryKind to) const {
+    return from == MemoryKind::kHost && to == MemoryKind::kHost;
+  }
   /// One line for the log and /health.
   virtual std::string describe() const = 0;
 

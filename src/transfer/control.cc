@@ -32,7 +32,7 @@ constexpr size_t kMaxPackedKeyBytes = 4096;
 constexpr size_t kFrameHeaderBytes = 5;
 constexpr size_t kMaxFencedPeers = 65536;
 constexpr uint64_t kListenerId = 0;
-constexpr std::string_view kClosing = "closing";  // of a Fence: not you alone, the agent ends
+constexpr std::string_view kClosing = "closing";  // of a Fence: not you alone, the agent ends; of a Reject, too
 
 std::string errno_text(int error) { return std::strerror(error); }
 
@@ -542,7 +542,7 @@ void ControlPlane::handle_hello(Id id, Connection& connection, std::string_view 
     refused = failed_precondition("the metadata is of an earlier life (epoch {:016x}) of this process",
                                   static_cast<uint64_t>(hello->to));
   }
-  if (refused.ok() && closing_) refused = unavailable("the agent is closing");
+  if (refused.ok() && closing_) refused = unavailable("{}", kClosing);
   if (refused.ok()) {
     auto fenced = fenced_.find(hello->from);
     if (fenced != fenced_.end() && hello->serial <= fenced->second) {
@@ -593,7 +593,9 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
     }
     case FrameSocket::Type::kReject:
       if (!connection.outbound) break;
-      *failure = failed_precondition("refused by the peer: {}", frame.payload.substr(0, 500));
+      *failure = frame.payload == kClosing
+                     ? unavailable("the peer's agent is closing")
+                     : failed_precondition("refused by the peer: {}", frame.payload.substr(0, 500));
       return;
     case FrameSocket::Type::kRail: {
       if (!connection.established) break;

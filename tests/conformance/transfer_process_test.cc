@@ -184,7 +184,7 @@ class TransferProcess : public ::testing::TestWithParam<std::string> {
   /// Copies into a stopped process just work where the writer makes them itself.
   bool needs_the_receiver() const { return transport() != "shm" && transport() != "cuda_ipc"; }
   /// Closing the owner's socket is enough; elsewhere the writer has to say that it stopped.
-  bool owner_fences_alone() const { return transport() == "tcp" || transport() == "ucx:tcp"; }
+  bool owner_fences_alone() const { return transport().ends_with("tcp"); }
 
   std::set<std::string> shared_memory_before_;
 };
@@ -367,7 +367,9 @@ TEST_P(TransferProcess, AutoTakesSharedMemoryOnOneHost) {
   EXPECT_THAT(none.status().message(), HasSubstr("the peer does not offer it"));
 }
 
-INSTANTIATE_TEST_SUITE_P(Transports, TransferProcess, ::testing::Values("shm", "cuda_ipc", "tcp", "ucx:tcp", "shm+integrity", "cuda_ipc+integrity", "tcp+integrity"),
+INSTANTIATE_TEST_SUITE_P(Transports, TransferProcess,
+                         ::testing::Values("shm", "cuda_ipc", "tcp", "staged:shm", "staged:tcp", "ucx:tcp", "shm+integrity",
+                                           "cuda_ipc+integrity", "tcp+integrity"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::replace(name.begin(), name.end(), ':', '_');

@@ -134,6 +134,16 @@ Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, 
   return std::optional<Ticket>(Ticket{index, stream.started});
 }
 
+Result<CopyEngine::Ticket> CopyEngine::start_bulk(std::span<const Bulk> copies) {
+  uint32_t index = next_stream_;
+  Stream& stream = streams_[index];
+  CurrentDevice current(*device_);
+  for (const Bulk& bulk : copies) BATON_RETURN_IF_ERROR(copy(stream, bulk));
+  BATON_RETURN_IF_ERROR(launch_empty(stream, index));
+  next_stream_ = (next_stream_ + 1) % kStreams;
+  return Ticket{index, stream.started};
+}
+
 Status CopyEngine::copy(const Stream& stream, const Bulk& bulk) {
   return device_->driver().check(device_->driver().copy_async(bulk.to, bulk.from, bulk.bytes, stream.handle),
                                  fmt::format("cuMemcpyAsync of {} bytes on {}", bulk.bytes, device_->name()));

@@ -58,6 +58,8 @@ class CopyEngine {
   /// REQUIRES: at most kMaxListPieces pieces and kMaxListBytes in all, unless each is at most kMaxPieceBytes.
   Result<std::optional<Ticket>> start(CUdeviceptr source, CUdeviceptr target, std::span<const Segment> pieces,
                                       bool within_device, const Bulk& first = {}, const Bulk& last = {});
+  /// Starts plain copies alone, for pieces so large that the GPU's copy engines do not mind their number.
+  Result<Ticket> start_bulk(std::span<const Bulk> copies);
   /// True once every byte is visible to the whole system: other GPUs, their kernels, this process.
   bool done(Ticket ticket) const { return finished(ticket.stream) >= ticket.sequence; }
   /// Sequences of one stream end in their order.

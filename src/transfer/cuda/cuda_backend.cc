@@ -170,7 +170,9 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
   const std::string& transport() const override { return transport_; }
   const std::string& provider() const override { return provider_; }
   const BackendLimits& limits() const override { return limits_; }
-  bool moves(MemoryKind kind) const override { return kind == MemoryKind::kCuda; }
+  bool moves(MemoryKind from, MemoryKind to) const override {
+    return from == MemoryKind::kCuda && to == MemoryKind::kCuda;
+  }
   std::string describe() const override {
     std::string names;
     for (const auto& [ordinal, local] : devices_) names += (names.empty() ? "" : ", ") + local->device->name();
@@ -248,12 +250,7 @@ Result<std::unique_ptr<BackendRegion>> CudaBackend::register_memory(std::span<st
   if (kind != MemoryKind::kCuda) return unimplemented("cuda_ipc moves GPU memory only");
   const Driver& cu = *driver_;
   auto address = reinterpret_cast<CUdeviceptr>(memory.data());
-  unsigned type = 0;
-  int ordinal = -1;
-  if (cu.pointer_attribute(&type, kPointerMemoryType, address) != kSuccess || type != kMemoryTypeDevice ||
-      cu.pointer_attribute(&ordinal, kPointerDeviceOrdinal, address) != kSuccess) {
-    return invalid_argument("{:#x} is not an address of GPU memory of this process", address);
-  }
+  BATON_ASSIGN_OR_RETURN(int ordinal, find_device(cu, address));
   auto region = std::make_unique<CudaRegion>();
   BATON_ASSIGN_OR_RETURN(region->device, local_device(ordinal));
   const Device& device = *region->device->device;

@@ -103,45 +103,50 @@ TEST_F(Cuda, MoreListsThanThereAreWait) {
   EXPECT_TRUE(engine->idle());
 }
 
-TEST_F(Cuda, StagingGathersAndScattersThroughABoundedRing) {
-  StagingRing::Options options{.slots = 3, .slot_bytes = 64 << 10, .max_ctas = 2};
-  PoolMemory from(1u << 20, "cuda_ipc", 0), to(1u << 20, "cuda_ipc", 1);  // outlive what reads them
-  auto out = std::move(*StagingRing::create(device_, options));
-  auto in = std::move(*StagingRing::create(*Device::open(driver_, 1), options));
+TEST_F(Cuda, StagingGathersAndScattersWithinItsBounds) {
+  Stager::Options options{.copies = 3, .copy_bytes = 2u << 20, .max_ctas = 2};
+  PoolMemory from(4u << 20, "cuda_ipc", 0), to(4u << 20, "cuda_ipc", 1);  // outlive what reads them
+  auto there = *Device::open(driver_, 1);
+  auto host = std::move(*PinnedMemory::allocate(device_, options.copy_bytes));
+  auto out = std::move(*Stager::create(device_, options));
+  auto in = std::move(*Stager::create(there, options));
   Random random(3);
   for (std::byte& byte : from) byte = static_cast<std::byte>(random());
   std::vector<std::byte> expected(to.size());
+  auto move = [&](const std::vector<Segment>& pieces) {
+    for (const Segment& piece : pieces) {
+      std::memcpy(expected.data() + piece.remote_offset, from.data() + piece.local_offset, piece.bytes);
+    }
+    auto filled = out->gather(reinterpret_cast<CUdeviceptr>(from.data()), pieces, host.address());
+    ASSERT_TRUE(filled.ok() && filled->has_value());
+    while (!out->ended(**filled)) std::this_thread::yield();
+    out->release(**filled);
+    auto emptied = in->scatter(host.address(), reinterpret_cast<CUdeviceptr>(to.data()), pieces);
+    ASSERT_TRUE(emptied.ok() && emptied->has_value());
+    while (!in->ended(**emptied)) std::this_thread::yield();
+    in->release(**emptied);
+  };
   for (uint32_t round = 0; round < 20; ++round) {
     std::vector<Segment> pieces;
     for (uint64_t i = 0; i < 12; ++i) {
-      Segment piece{((i * 7 + round) % 200) * 5000, (round * 12 + i) * 4096, 1 + (i * 997 + round) % 4096};
-      std::memcpy(expected.data() + piece.remote_offset, from.data() + piece.local_offset, piece.bytes);
-      pieces.push_back(piece);
+      pieces.push_back({((i * 7 + round) % 200) * 5000, (round * 12 + i) * 4096, 1 + (i * 997 + round) % 4096});
     }
-    auto filled = out->gather(reinterpret_cast<CUdeviceptr>(from.data()), pieces);
-    ASSERT_TRUE(filled.ok() && filled->has_value());
-    while (!out->ended(**filled)) std::this_thread::yield();
-    std::optional<uint32_t> slot = in->acquire();
-    ASSERT_TRUE(slot.has_value());
-    std::memcpy(in->bytes(*slot).data(), out->bytes(**filled).data(), options.slot_bytes);  // the network
-    out->release(**filled);
-    Result<bool> started = in->scatter(*slot, reinterpret_cast<CUdeviceptr>(to.data()), pieces);
-    ASSERT_TRUE(started.ok() && *started);
-    while (!in->ended(*slot)) std::this_thread::yield();
-    in->release(*slot);
+    move(pieces);
   }
+  move({{0, 3u << 20, Stager::kBulkPieceBytes}, {1u << 20, 2u << 20, Stager::kBulkPieceBytes + 77}});  // no kernel
   EXPECT_TRUE(to == expected);
+  EXPECT_TRUE(in->idle() && out->idle());
 
-  std::vector<Segment> whole = {{0, 0, options.slot_bytes}};
-  for (uint32_t i = 0; i < options.slots; ++i) {
-    ASSERT_TRUE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), whole)->has_value());
+  std::vector<Segment> some = {{0, 0, 4096}, {9000, 0, 4096}};
+  for (uint32_t i = 0; i < options.copies; ++i) {
+    ASSERT_TRUE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), some, host.address())->has_value());
   }
-  EXPECT_FALSE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), whole)->has_value());
-  EXPECT_FALSE(out->acquire().has_value());
-  whole.push_back({0, 0, 1});
-  EXPECT_EQ(in->gather(reinterpret_cast<CUdeviceptr>(to.data()), whole).status().code(), StatusCode::kInvalidArgument);
-  EXPECT_FALSE(StagingRing::create(device_, {.slots = 0}).ok());
-  EXPECT_FALSE(StagingRing::create(device_, {.slot_bytes = 5000}).ok());
+  EXPECT_FALSE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), some, host.address())->has_value());
+  some = {{0, 0, options.copy_bytes}, {0, 0, 1}};
+  EXPECT_EQ(in->gather(reinterpret_cast<CUdeviceptr>(to.data()), some, host.address()).status().code(),
+            StatusCode::kInvalidArgument);
+  EXPECT_FALSE(Stager::create(device_, {.copies = 0}).ok());
+  EXPECT_FALSE(Stager::create(device_, {.copy_bytes = 5000}).ok());
 }
 
 TEST_F(Cuda, WhatIsNotGpuMemoryIsRefusedWithAReason) {
@@ -196,14 +201,21 @@ TEST_F(Cuda, EveryKindOfMemoryTakesItsOwnPath) {
   ASSERT_EQ(peer->write(write)->wait(), Status());
   EXPECT_EQ(b.host.data()[2048], std::byte{3});
   write.local_pool = a.gpu_pool;
-  Result<Transfer> mixed = peer->write(write);
-  ASSERT_FALSE(mixed.ok());
-  EXPECT_THAT(mixed.status().message(), HasSubstr("pools of one kind"));
+  EXPECT_EQ(peer->path(MemoryKind::kCuda, MemoryKind::kHost).transport, "staged:shm");
+  write.blocks = {{1, 4}};
+  ASSERT_EQ(peer->write(write)->wait(), Status());
+  EXPECT_EQ(b.host.data()[4096], std::byte{4});
+  write.blocks = {{1, 2}};
   write.remote_pool = b.gpu_pool;
   ASSERT_EQ(peer->write(write)->wait(), Status());
   EXPECT_EQ(b.gpu.data()[2048], std::byte{4});
   EXPECT_EQ(b.gpu.data()[2047], std::byte{0});
-  EXPECT_EQ(peer->stats().writes, 2u);
+  write.local_pool = a.host_pool;
+  EXPECT_EQ(peer->path(MemoryKind::kHost, MemoryKind::kCuda).transport, "staged:shm");
+  write.blocks = {{1, 5}};
+  ASSERT_EQ(peer->write(write)->wait(), Status());
+  EXPECT_EQ(b.gpu.data()[5120], std::byte{3});
+  EXPECT_EQ(peer->stats().writes, 4u);
   EXPECT_EQ(a.agent->stats().peers, 1u);
   EXPECT_TRUE(peer->close().ok());
   EXPECT_FALSE(peer->alive());

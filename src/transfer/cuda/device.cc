@@ -52,6 +52,16 @@ Result<std::string> device_uuid(const Driver& driver, int ordinal) {
   return std::string(uuid.bytes, sizeof(uuid.bytes));
 }
 
+Result<int> find_device(const Driver& driver, CUdeviceptr address) {
+  unsigned type = 0;
+  int ordinal = -1;
+  if (driver.pointer_attribute(&type, kPointerMemoryType, address) != kSuccess || type != kMemoryTypeDevice ||
+      driver.pointer_attribute(&ordinal, kPointerDeviceOrdinal, address) != kSuccess) {
+    return invalid_argument("{:#x} is not an address of GPU memory of this process", address);
+  }
+  return ordinal;
+}
+
 CurrentDevice::CurrentDevice(const Device& device) : driver_(device.driver()) {
   (void)driver_.context_push(device.context());
   (void)driver_.exchange_capture_mode(&capture_mode_);
@@ -116,6 +126,34 @@ void PinnedMemory::free() {
   if (device_ == nullptr) return;
   CurrentDevice current(*device_);
   (void)device_->driver().host_free(data_);
+}
+
+Result<PinnedRange> PinnedRange::pin(std::shared_ptr<const Device> device, std::span<std::byte> memory) {
+  CurrentDevice current(*device);
+  const Driver& cu = device->driver();
+  BATON_RETURN_IF_ERROR(cu.check(cu.host_register(memory.data(), memory.size(), kHostAllocPortable | kHostAllocDeviceMap),
+                                 fmt::format("cuMemHostRegister of {} bytes", memory.size())));
+  PinnedRange range;
+  range.data_ = memory.data();
+  range.device_ = device;
+  BATON_RETURN_IF_ERROR(
+      cu.check(cu.host_device_pointer(&range.address_, memory.data(), 0), "cuMemHostGetDevicePointer"));
+  return range;
+}
+
+PinnedRange& PinnedRange::operator=(PinnedRange&& other) noexcept {
+  if (this == &other) return *this;
+  unpin();
+  device_ = std::exchange(other.device_, nullptr);
+  data_ = std::exchange(other.data_, nullptr);
+  address_ = std::exchange(other.address_, 0);
+  return *this;
+}
+
+void PinnedRange::unpin() {
+  if (device_ == nullptr) return;
+  CurrentDevice current(*device_);
+  (void)device_->driver().host_unregister(data_);
 }
 
 }  // namespace baton::transfer::cuda

@@ -46,6 +46,9 @@ class Device {
 /// The uuid of a visible device, without opening it.
 Result<std::string> device_uuid(const Driver& driver, int ordinal);
 
+/// The ordinal of the device that `address` belongs to. invalid_argument: it is not GPU memory of this process.
+Result<int> find_device(const Driver& driver, CUdeviceptr address);
+
 /// Makes a device's context current on this thread, and lets the thread work while another one captures a CUDA graph.
 class CurrentDevice {
  public:
@@ -99,6 +102,26 @@ class PinnedMemory {
   std::byte* data_ = nullptr;
   CUdeviceptr address_ = 0;
   size_t bytes_ = 0;
+};
+
+/// Makes memory of this process, page-locked from here on, readable and writable for every GPU through `address()`. The
+/// memory belongs to the caller and must outlive it.
+class PinnedRange {
+ public:
+  static Result<PinnedRange> pin(std::shared_ptr<const Device> device, std::span<std::byte> memory);
+  PinnedRange() = default;
+  PinnedRange(PinnedRange&& other) noexcept { *this = std::move(other); }
+  PinnedRange& operator=(PinnedRange&& other) noexcept;
+  ~PinnedRange() { unpin(); }
+
+  explicit operator bool() const { return device_ != nullptr; }
+  CUdeviceptr address() const { return address_; }
+
+ private:
+  void unpin();
+  std::shared_ptr<const Device> device_;
+  std::byte* data_ = nullptr;
+  CUdeviceptr address_ = 0;
 };
 
 }  // namespace baton::transfer::cuda

@@ -66,6 +66,8 @@ inline constexpr int kCaptureModeRelaxed = 2;
   X(copy_async, cuMemcpyAsync, (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream))                 \
   X(host_alloc, cuMemHostAlloc, (void** memory, size_t bytes, unsigned flags))                                    \
   X(host_free, cuMemFreeHost, (void* memory))                                                                     \
+  X(host_register, cuMemHostRegister_v2, (void* memory, size_t bytes, unsigned flags))                            \
+  X(host_unregister, cuMemHostUnregister, (void* memory))                                                         \
   X(host_device_pointer, cuMemHostGetDevicePointer_v2, (CUdeviceptr * device, void* host, unsigned flags))        \
   X(pointer_attribute, cuPointerGetAttribute, (void* value, int attribute, CUdeviceptr memory))                   \
   X(ipc_get_handle, cuIpcGetMemHandle, (CUipcMemHandle * handle, CUdeviceptr memory))                             \

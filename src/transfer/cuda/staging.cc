@@ -1,93 +1,81 @@
 #include "transfer/cuda/staging.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace baton::transfer::cuda {
 
-Status StagingRing::Options::validate() const {
-  if (slots == 0 || slots > 1024) return invalid_argument("{} staging slots; 1 to 1024 are possible", slots);
-  if (slot_bytes < 4096 || slot_bytes % 4096 != 0 || slot_bytes > CopyEngine::kMaxListBytes) {
-    return invalid_argument("staging slots of {} bytes; multiples of 4096 up to {} are possible", slot_bytes,
+Status Stager::Options::validate() const {
+  if (copies == 0 || copies > 1024) return invalid_argument("{} staged copies; 1 to 1024 are possible", copies);
+  if (copy_bytes < 4096 || copy_bytes % 4096 != 0 || copy_bytes > CopyEngine::kMaxListBytes) {
+    return invalid_argument("staged copies of {} bytes; multiples of 4096 up to {} are possible", copy_bytes,
                             CopyEngine::kMaxListBytes);
   }
   return Status();
 }
 
-Result<std::unique_ptr<StagingRing>> StagingRing::create(std::shared_ptr<const Device> device, Options options) {
+Result<std::unique_ptr<Stager>> Stager::create(std::shared_ptr<const Device> device, Options options) {
   BATON_RETURN_IF_ERROR(options.validate());
-  std::unique_ptr<StagingRing> ring(new StagingRing(options));
-  BATON_ASSIGN_OR_RETURN(ring->memory_, PinnedMemory::allocate(device, options.slots * options.slot_bytes));
-  BATON_ASSIGN_OR_RETURN(ring->on_device_, DeviceMemory::allocate(device, options.slots * options.slot_bytes));
-  BATON_ASSIGN_OR_RETURN(ring->engine_, CopyEngine::create(device, {.max_ctas = options.max_ctas}));
-  for (uint32_t slot = options.slots; slot > 0; --slot) ring->free_.push_back(slot - 1);
-  ring->laid_out_.reserve(CopyEngine::kMaxListPieces);
-  return ring;
+  std::unique_ptr<Stager> stager(new Stager(options));
+  BATON_ASSIGN_OR_RETURN(stager->buffers_, DeviceMemory::allocate(device, options.copies * options.copy_bytes));
+  BATON_ASSIGN_OR_RETURN(stager->engine_, CopyEngine::create(device, {.max_ctas = options.max_ctas}));
+  for (uint32_t copy = options.copies; copy > 0; --copy) stager->free_.push_back(copy - 1);
+  return stager;
 }
 
-std::optional<uint32_t> StagingRing::acquire() {
-  if (free_.empty()) return std::nullopt;
-  uint32_t slot = free_.back();
-  free_.pop_back();
-  slots_[slot] = {.taken = true, .copy = {}};
-  return slot;
+void Stager::release(uint32_t copy) {
+  BATON_CHECK(copies_[copy].taken) << "staged copy " << copy << " is not under way";
+  copies_[copy] = {};
+  free_.push_back(copy);
 }
 
-void StagingRing::release(uint32_t slot) {
-  BATON_CHECK(slots_[slot].taken && ended(slot)) << "slot " << slot << " is free or in use";
-  slots_[slot].taken = false;
-  free_.push_back(slot);
+Result<std::optional<uint32_t>> Stager::gather(CUdeviceptr source, std::span<const Segment> pieces, CUdeviceptr host) {
+  return start(source, pieces, host, true);
 }
 
-bool StagingRing::ended(uint32_t slot) const { return engine_->done(slots_[slot].copy); }
+Result<std::optional<uint32_t>> Stager::scatter(CUdeviceptr host, CUdeviceptr target, std::span<const Segment> pieces) {
+  return start(target, pieces, host, false);
+}
 
-Status StagingRing::lay_out(std::span<const Segment> pieces, bool gathers) {
-  if (pieces.size() > CopyEngine::kMaxListPieces) {
-    return invalid_argument("{} pieces for one staging slot, {} are possible", pieces.size(),
+Result<std::optional<uint32_t>> Stager::start(CUdeviceptr memory, std::span<const Segment> pieces, CUdeviceptr host,
+                                              bool gathers) {
+  if (pieces.empty() || pieces.size() > CopyEngine::kMaxListPieces) {
+    return invalid_argument("{} pieces for one staged copy, 1 to {} are possible", pieces.size(),
                             CopyEngine::kMaxListPieces);
   }
+  const bool bulk = std::all_of(pieces.begin(), pieces.end(),
+                                [](const Segment& piece) { return piece.bytes >= kBulkPieceBytes; });
   laid_out_.clear();
+  bulks_.clear();
   uint64_t at = 0;
   for (const Segment& piece : pieces) {
-    if (piece.bytes > options_.slot_bytes - at) {
-      return invalid_argument("the pieces do not fit into a staging slot of {} bytes", options_.slot_bytes);
+    if (piece.bytes > options_.copy_bytes - at) {
+      return invalid_argument("the pieces do not fit into a staged copy of {} bytes", options_.copy_bytes);
     }
-    laid_out_.push_back(gathers ? Segment{piece.local_offset, at, piece.bytes}
-                                : Segment{at, piece.remote_offset, piece.bytes});
+    const uint64_t offset = gathers ? piece.local_offset : piece.remote_offset;
+    if (bulk) {
+      bulks_.push_back(gathers ? CopyEngine::Bulk{memory + offset, host + at, piece.bytes}
+                               : CopyEngine::Bulk{host + at, memory + offset, piece.bytes});
+    } else {
+      laid_out_.push_back(gathers ? Segment{offset, at, piece.bytes} : Segment{at, offset, piece.bytes});
+    }
     at += piece.bytes;
   }
-  laid_out_bytes_ = at;
-  return Status();
-}
-
-Result<std::optional<uint32_t>> StagingRing::gather(CUdeviceptr source, std::span<const Segment> pieces) {
-  BATON_RETURN_IF_ERROR(lay_out(pieces, true));
-  std::optional<uint32_t> slot = acquire();
-  if (!slot) return slot;
-  Result<std::optional<CopyEngine::Ticket>> ticket = engine_->start(
-      source, device_address(*slot), laid_out_, true, {}, {device_address(*slot), address(*slot), laid_out_bytes_});
-  if (ticket.ok() && *ticket) {
-    slots_[*slot].copy = **ticket;
-    return slot;
+  if (free_.empty()) return std::optional<uint32_t>();
+  const uint32_t copy = free_.back();
+  std::optional<CopyEngine::Ticket> ticket;
+  if (bulk) {
+    BATON_ASSIGN_OR_RETURN(ticket, engine_->start_bulk(bulks_));
+  } else if (gathers) {
+    BATON_ASSIGN_OR_RETURN(ticket, engine_->start(memory, buffer(copy), laid_out_, true, {}, {buffer(copy), host, at}));
+  } else {
+    BATON_ASSIGN_OR_RETURN(ticket, engine_->start(buffer(copy), memory, laid_out_, true, {host, buffer(copy), at}));
   }
-  release(*slot);
-  if (!ticket.ok()) return ticket.status();
-  return std::optional<uint32_t>();
-}
-
-Result<bool> StagingRing::scatter(uint32_t slot, CUdeviceptr target, std::span<const Segment> pieces) {
-  return scatter_from(*this, slot, slot, target, pieces);
-}
-
-Result<bool> StagingRing::scatter_from(const StagingRing& other, uint32_t other_slot, uint32_t slot, CUdeviceptr target,
-                                       std::span<const Segment> pieces) {
-  BATON_CHECK(slots_[slot].taken && ended(slot)) << "slot " << slot << " is free or in use";
-  BATON_RETURN_IF_ERROR(lay_out(pieces, false));
-  BATON_ASSIGN_OR_RETURN(std::optional<CopyEngine::Ticket> ticket,
-                         engine_->start(device_address(slot), target, laid_out_, true,
-                                        {other.address(other_slot), device_address(slot), laid_out_bytes_}));
-  if (!ticket) return false;
-  slots_[slot].copy = *ticket;
-  return true;
+  if (!ticket) return std::optional<uint32_t>();
+  free_.pop_back();
+  copies_[copy] = {.taken = true, .ticket = *ticket};
+  return std::optional<uint32_t>(copy);
 }
 
 }  // namespace baton::transfer::cuda

@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "transfer/agent_impl.h"
+#include "transfer/cuda/staged_backend.h"
 #include "transfer/backend.h"
 #include "transfer/wire.h"
 
@@ -467,10 +468,16 @@ uint64_t SimFabric::delivered_messages() const {
 }
 
 Result<std::unique_ptr<Agent>> create_sim_agent(SimFabric& fabric, AgentConfig config, const Clock& clock) {
-  config.transport = "sim";
-  return create_agent_with(std::move(config), clock, [&fabric](std::shared_ptr<BackendContext> context) {
+  const HostBackendFactory make_sim = [&fabric](std::shared_ptr<BackendContext> context, const std::string&) {
     return Result<std::unique_ptr<Backend>>(std::make_unique<SimBackend>(fabric, std::move(context)));
-  });
+  };
+  if (config.transport != "staged:sim") config.transport = "sim";
+  return create_agent_with(std::move(config), clock,
+                           [make_sim, transport = config.transport](std::shared_ptr<BackendContext> context) {
+                             return is_staged_transport(transport)
+                                        ? create_staged_backend(std::move(context), transport, make_sim)
+                                        : make_sim(std::move(context), transport);
+                           });
 }
 
 }  // namespace baton::transfer

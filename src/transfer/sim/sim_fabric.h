@@ -64,7 +64,7 @@ class SimFabric {
   std::unique_ptr<Network> network_;
 };
 
-/// An agent on `fabric`. config.transport is ignored.
+/// An agent on `fabric`. config.transport: "staged:sim" for GPU memory staged over it; anything else is taken as "sim".
 Result<std::unique_ptr<Agent>> create_sim_agent(SimFabric& fabric, AgentConfig config,
                                                 const Clock& clock = SteadyClock::instance());
 

@@ -265,6 +265,15 @@ CUresult cuMemFreeHost(void* memory) {
   std::free(memory);
   return kSuccess;
 }
+CUresult cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
+  std::lock_guard lock(memories_mutex);
+  auto address = reinterpret_cast<CUdeviceptr>(memory);
+  return memories().try_emplace(address, Memory{bytes, -1, -1, true}).second ? kSuccess : kInvalidValue;
+}
+CUresult cuMemHostUnregister(void* memory) {
+  std::lock_guard lock(memories_mutex);
+  return memories().erase(reinterpret_cast<CUdeviceptr>(memory)) == 1 ? kSuccess : kInvalidValue;
+}
 CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
   *device = reinterpret_cast<CUdeviceptr>(host);
   return kSuccess;

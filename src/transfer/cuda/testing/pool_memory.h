@@ -21,13 +21,13 @@ inline std::string cuda_library() {
   return path != nullptr ? path : BATON_FAKE_CUDA;
 }
 
-/// A pool's memory for a transport: host memory, or device memory for cuda_ipc. The stand-in's device memory can be read
+/// A pool's memory for a transport: host memory, or device memory for cuda_ipc and staged:.... The stand-in's device memory can be read
 /// and written by the CPU; a real GPU's only with fill() and is_all().
 class PoolMemory {
  public:
   PoolMemory() = default;
   PoolMemory(size_t bytes, const std::string& transport, int device_index = 0) {
-    if (transport != "cuda_ipc") {
+    if (transport != "cuda_ipc" && !transport.starts_with("staged:")) {
       host_.resize(bytes);
       memory_ = host_;
       return;

@@ -36,7 +36,8 @@ enum class MemoryKind : uint8_t { kHost = 0, kCuda = 1 };
 struct AgentConfig {
   /// Shown in logs and errors: "prefill-0".
   std::string name = "agent";
-  /// "auto" or one of: shm, tcp, efa, verbs, cuda_ipc, sim. A path that is not possible is an error, never replaced.
+  /// "auto" or one of: shm, tcp, efa, verbs, cuda_ipc, sim, and for GPU memory through pinned host memory staged:shm,
+  /// staged:tcp, staged:efa, staged:verbs. A path that is not possible is an error, never replaced.
   std::string transport = "auto";
   /// Host part of the address that tcp rails bind to and advertise. Empty: decided by the provider.
   std::string bind_address = {};
@@ -156,8 +157,8 @@ class Transfer {
 
 /// What a path between two agents is, for logs, metrics and /health.
 struct PathInfo {
-  std::string transport;   ///< "shm", "tcp", "efa", ...
-  std::string provider;    ///< what the library calls it: "tcp;ofi_rxm", "net", "shm"
+  std::string transport;   ///< "shm", "tcp", "efa", "staged:tcp", ...
+  std::string provider;    ///< what the library calls it: "tcp;ofi_rxm", "net", "cma"; "staged over net"
   uint32_t rails = 0;
   std::string reason;      ///< why this path: "same host", "--transport tcp", ...
   double bandwidth_bytes_per_s = 0;  ///< measured over what was transferred so far; 0: nothing yet
@@ -169,7 +170,8 @@ struct PeerStats {
 };
 
 /// A connected remote agent. Cheap to copy. Stays valid (and fails every write) after the peer is gone. Pools of GPU and
-/// of host memory have a path each; connect() opens one for every kind that both sides have then.
+/// of host memory have a path each; connect() opens one for every kind that both sides have then, and between kinds
+/// where this side has pools of the one and the peer of the other.
 class Peer {
  public:
   Peer() = default;
@@ -177,8 +179,9 @@ class Peer {
 
   Epoch epoch() const;
   const std::string& name() const;
-  /// The path of `kind`'s pools; an empty transport when there is none, and the reason why.
-  PathInfo path(MemoryKind kind) const;
+  /// The path between pools of these kinds; an empty transport when there is none, and the reason why.
+  PathInfo path(MemoryKind from, MemoryKind to) const;
+  PathInfo path(MemoryKind kind) const { return path(kind, kind); }
   /// That of GPU memory if there is one, else that of host memory.
   PathInfo path() const;
   PeerStats stats() const;  ///< of all its paths

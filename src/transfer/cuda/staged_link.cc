@@ -1,0 +1,224 @@
+#include "transfer/cuda/staged_link.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "base/check.h"
+#include "transfer/cuda/staged_backend_impl.h"
+
+namespace baton::transfer::staged {
+
+using cuda::CUdeviceptr;
+
+StagedLink::StagedLink(StagedBackend& backend, ControlPlane::Id id, std::string peer_name, std::unique_ptr<Link> inner,
+                       const BackendLimits& inner_limits)
+    : backend_(backend),
+      id_(id),
+      peer_name_(std::move(peer_name)),
+      inner_limits_(inner_limits),
+      inner_(std::move(inner)) {
+  inner_->owner = this;
+}
+
+StagedLink::~StagedLink() {
+  BATON_CHECK(gathering_.empty()) << "a link to '" << peer_name_ << "' closed with copies under way";
+  inner_.reset();  // from here on nobody reads our slots
+  for (const auto& [slot, message] : messages_) backend_.release_slot(slot);
+  backend_.forget(*this);
+}
+
+void StagedLink::on_welcome(const Welcome& welcome) {
+  for (const Welcome::Pool& pool : welcome.pools) pools_[pool.id] = pool.key;
+  welcome_ = true;
+}
+
+void StagedLink::die(const Status& why) {
+  if (std::exchange(dead_, true)) return;
+  backend_.report_failure(*this, why);
+}
+
+Result<PostResult> StagedLink::post(const BackendMessage& message) {
+  if (!ready()) return PostResult::kAgain;
+  auto pool = pools_.find(message.remote_pool);
+  if (pool == pools_.end()) {
+    return failed_precondition("'{}' did not open pool {} for {}", peer_name_, message.remote_pool, backend_.transport());
+  }
+  for (const Segment& segment : message.segments) {
+    if (segment.bytes > pool->second || segment.remote_offset > pool->second - segment.bytes) {
+      return failed_precondition("'{}' says that its pool {} has {} bytes: less than its metadata says", peer_name_,
+                                 message.remote_pool, pool->second);
+    }
+  }
+  StagedDevice* device = static_cast<const StagedRegion*>(message.local)->device;
+  if (device != nullptr) {
+    if (!device->broken.ok()) return device->broken;
+    BATON_ASSIGN_OR_RETURN(bool reached, backend_.event_reached(*device, message.after));
+    if (!reached) return PostResult::kAgain;
+  }
+  // As the receiver does it: half of what is left for everyone, so that a peer that stands still leaves the others theirs.
+  const size_t free = backend_.free_slots();
+  if (free == 0 || (!messages_.empty() && messages_.size() >= free)) return PostResult::kFull;
+  const uint32_t slot = backend_.take_slot();
+  Result<bool> started = gather(slot, message);
+  if (!started.ok() || !*started) {
+    messages_.erase(slot);
+    backend_.release_slot(slot);
+    if (!started.ok()) return started.status();
+    return PostResult::kFull;
+  }
+  ++wants_;
+  return PostResult::kPosted;
+}
+
+Result<bool> StagedLink::gather(uint32_t slot, const BackendMessage& from) {
+  Message& message = messages_[slot];
+  message.cookie = from.cookie;
+  message.bytes = from.bytes;
+  message.tag = static_cast<uint32_t>(from.tag);
+  message.pool = from.remote_pool;
+  message.segments.assign(from.segments.begin(), from.segments.end());
+  message.device = static_cast<const StagedRegion*>(from.local)->device;
+  SlotMemory& memory = backend_.out();
+  if (message.device == nullptr) {
+    std::byte* to = memory.data(slot);
+    for (const Segment& segment : from.segments) {
+      std::memcpy(to, from.local->data + segment.local_offset, segment.bytes);
+      to += segment.bytes;
+    }
+    gathered_.push_back(slot);
+    return true;
+  }
+  StagedDevice& device = *message.device;
+  BATON_RETURN_IF_ERROR(memory.pin(device.device));
+  if (device.stager->idle()) device.last_end_ns = backend_.now_ns();
+  BATON_ASSIGN_OR_RETURN(std::optional<uint32_t> copy,
+                         device.stager->gather(reinterpret_cast<CUdeviceptr>(from.local->data), from.segments,
+                                               memory.address(slot)));
+  if (!copy) return false;
+  message.copy = *copy;
+  gathering_.push_back(slot);
+  return true;
+}
+
+void StagedLink::flush() {
+  if (wants_ == 0 || dead_) return;
+  const Arrival want = encode_note({Note::Kind::kWant, 0, wants_});
+  if (!backend_.send_note(id_, want)) return;  // the peer is stopped: asked again with the next turn
+  asked_ += std::exchange(wants_, 0);
+}
+
+size_t StagedLink::advance() {
+  size_t count = 0;
+  std::erase_if(gathering_, [&](uint32_t slot) {
+    Message& one = message(slot);
+    StagedDevice& device = *one.device;
+    const bool ended = device.stager->ended(one.copy);
+    if (!ended && !device.check(backend_.now_ns())) return false;
+    device.stager->release(one.copy);
+    if (ended) {
+      device.last_end_ns = backend_.now_ns();
+      gathered_.push_back(slot);
+    } else {
+      die(device.broken);
+    }
+    ++count;
+    return true;
+  });
+  flush();
+  held_back_ = false;
+  if (dead_) return count;
+  size_t posted = 0;
+  while (!gathered_.empty() && !grants_.empty()) {
+    const uint64_t bytes = message(gathered_.front()).bytes;
+    if (inner_count_ >= inner_limits_.max_inflight_messages ||
+        (inner_count_ >= inner_limits_.min_inflight_messages && inner_bytes_ + bytes > inner_limits_.max_inflight_bytes)) {
+      break;
+    }
+    Result<PostResult> result = send(gathered_.front(), grants_.front());
+    if (!result.ok()) {
+      die(result.status());
+      break;
+    }
+    if (*result != PostResult::kPosted) {
+      held_back_ = *result == PostResult::kAgain;
+      break;
+    }
+    gathered_.pop_front();
+    grants_.pop_front();
+    ++posted;
+  }
+  if (posted > 0) inner_->flush();
+  return count + posted;
+}
+
+Result<PostResult> StagedLink::send(uint32_t slot, const Note& grant) {
+  Message& one = message(slot);
+  SlotMemory& memory = backend_.out();
+  const size_t size = descriptor_bytes(one.segments.size());
+  write_descriptor({memory.data(slot) - size, size}, grant.value, one.tag, one.pool, one.segments);
+  const Segment whole{slot * kSlotStride + kHeaderBytes - size, grant.slot * kSlotStride + kHeaderBytes - size,
+                      size + one.bytes};
+  BackendMessage message;
+  message.segments = std::span(&whole, 1);
+  message.bytes = whole.bytes;
+  BATON_ASSIGN_OR_RETURN(message.local, backend_.out_region());
+  message.tag = static_cast<Tag>(encode_slot_tag({grant.slot, static_cast<uint32_t>(one.segments.size())}));
+  message.cookie = slot;
+  BATON_ASSIGN_OR_RETURN(PostResult result, inner_->post(message));
+  if (result == PostResult::kPosted) {
+    one.grant = grant;
+    ++inner_count_;
+    inner_bytes_ += one.bytes;
+  }
+  return result;
+}
+
+void StagedLink::on_sent(uint32_t slot, const Status& status) {
+  auto it = messages_.find(slot);
+  if (it == messages_.end()) return;
+  --inner_count_;
+  inner_bytes_ -= it->second.bytes;
+  it->second.sent = true;
+  if (!status.ok()) {
+    die(status);
+    return;
+  }
+  end_if_over(slot);
+}
+
+void StagedLink::on_note(const Arrival& arrival) {
+  const std::optional<Note> note = parse_note(arrival);
+  if (note && note->kind == Note::Kind::kGrant && asked_ > 0) {
+    --asked_;
+    grants_.push_back(*note);
+    return;
+  }
+  if (note && note->kind == Note::Kind::kRefused) {
+    die(invalid_argument("'{}' refuses what it was sent ({}), and says why in its log", peer_name_,
+                         status_code_name(static_cast<StatusCode>(note->value))));
+    return;
+  }
+  for (auto& [slot, one] : messages_) {
+    if (!note || note->kind != Note::Kind::kDone || one.grant.value != note->value || one.grant.slot != note->slot ||
+        one.grant.kind != Note::Kind::kGrant) {
+      continue;
+    }
+    one.done = true;
+    end_if_over(slot);
+    return;
+  }
+  die(invalid_argument("'{}' talks of slots that it did not give", peer_name_));
+}
+
+void StagedLink::end_if_over(uint32_t slot) {
+  const Message& one = message(slot);
+  if (!one.sent || !one.done) return;
+  const uint64_t cookie = one.cookie;
+  backend_.count_sent(one.bytes);
+  messages_.erase(slot);
+  backend_.release_slot(slot);
+  backend_.report_done(*this, cookie);
+}
+
+}  // namespace baton::transfer::staged

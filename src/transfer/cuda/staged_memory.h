@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "base/mapped_memory.h"
+#include "base/status.h"
+#include "transfer/agent_impl.h"
+#include "transfer/backend.h"
+#include "transfer/cuda/device.h"
+#include "transfer/cuda/staged_wire.h"
+#include "transfer/cuda/staging.h"
+
+namespace baton::transfer::staged {
+
+/// A GPU of this process. Lives as long as its backend.
+struct StagedDevice {
+  std::shared_ptr<const cuda::Device> device;
+  std::unique_ptr<cuda::Stager> stager;
+  int64_t last_end_ns = 0;  ///< when a copy ended, or the first one was started
+  Status broken;            ///< the GPU's context is: nothing that was started writes any more
+
+  /// Asks the driver when a copy takes too long. True once it is broken.
+  bool check(int64_t now_ns);
+};
+
+class StagedRegion final : public BackendRegion {
+ public:
+  StagedDevice* device = nullptr;  ///< null: host memory
+};
+
+/// kSlots slots of memory that other processes can map, one behind the other; page-locked for the GPUs once one of them
+/// needs it.
+class SlotMemory {
+ public:
+  static Result<std::unique_ptr<SlotMemory>> create(const std::string& name);
+  Status pin(const std::shared_ptr<const cuda::Device>& device);
+
+  std::byte* slot(uint32_t index) const { return memory_.data() + index * kSlotStride; }
+  /// Where its data begins; the descriptor ends there.
+  std::byte* data(uint32_t index) const { return slot(index) + kHeaderBytes; }
+  /// The same for a GPU. REQUIRES: pin() was ok.
+  cuda::CUdeviceptr address(uint32_t index) const { return pinned_.address() + index * kSlotStride + kHeaderBytes; }
+  const MemoryRegion& region() const { return region_; }
+
+ private:
+  MappedMemory memory_;
+  cuda::PinnedRange pinned_;
+  MemoryRegion region_;
+};
+
+}  // namespace baton::transfer::staged
