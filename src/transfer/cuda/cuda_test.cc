@@ -268,6 +268,70 @@ TEST_F(Cuda, WithoutPeerAccessThereIsNoPathAndAReason) {
   EXPECT_THAT(none.status().message(), HasSubstr("no peer access to GPU 1"));
 }
 
+TEST_F(Cuda, AutoStagesWhereCudaIpcCannotBeAndSaysWhy) {
+  ::setenv("BATON_FAKE_CUDA_NO_PEERS", "1", 1);
+  PoolMemory here(64 << 10, "cuda_ipc", 0), there(64 << 10, "cuda_ipc", 1);
+  auto a = std::move(*Agent::create(config("a")));
+  auto b = std::move(*Agent::create(config("b")));
+  PoolId from = *a->add_pool({*a->register_memory(here, MemoryKind::kCuda), 1024, 64});
+  PoolId to = *b->add_pool({*b->register_memory(there, MemoryKind::kCuda), 1024, 64});
+  Result<Peer> peer = a->connect(b->metadata());
+  ::unsetenv("BATON_FAKE_CUDA_NO_PEERS");
+  ASSERT_TRUE(peer.ok()) << peer.status().to_string();
+  EXPECT_EQ(peer->path().transport, "staged:shm");
+  EXPECT_EQ(peer->path().provider, "staged over cma");
+  EXPECT_THAT(peer->path().reason, HasSubstr("cuda_ipc: GPU 0"));
+  EXPECT_THAT(peer->path().reason, HasSubstr("no peer access"));
+
+  CUevent event = nullptr;
+  CUstream stream = nullptr;
+  ASSERT_EQ(driver_->event_create(&event, 0), kSuccess);
+  ASSERT_EQ(driver_->event_record(event, nullptr), kSuccess);  // of the stand-in: not reached
+  BlockWrite write{.local_pool = from, .remote_pool = to, .blocks = {{1, 2}, {7, 9}}, .length_bytes = 1024};
+  write.after = event;
+  BlockWrite doomed = write;
+  doomed.deadline = Deadline::after_ms(SteadyClock::instance(), 30);
+  Transfer transfer = *peer->write(write);
+  EXPECT_EQ(peer->write(doomed)->wait().code(), StatusCode::kDeadlineExceeded);
+  EXPECT_FALSE(transfer.done());
+  here.fill(std::byte{6});
+  {
+    CurrentDevice current(*device_);
+    ASSERT_EQ(driver_->stream_create(&stream, 0, 0), kSuccess);
+  }
+  ASSERT_EQ(driver_->event_record(event, stream), kSuccess);
+  EXPECT_EQ(transfer.wait(), Status());
+  EXPECT_EQ(there.data()[2 * 1024], std::byte{6});
+  EXPECT_EQ(there.data()[10 * 1024 - 1], std::byte{6});
+  EXPECT_EQ(there.data()[3 * 1024], std::byte{0});
+  EXPECT_THAT(b->describe(), HasSubstr("1 writers"));
+  EXPECT_THAT(b->describe(), HasSubstr("staged:tcp (not used)"));
+  (void)driver_->stream_destroy(stream);
+  (void)driver_->event_destroy(event);
+}
+
+TEST_F(Cuda, AHostWithoutCudaWritesIntoGpuMemoryAndIsWrittenInto) {
+  Both gpu(config("gpu"));
+  AgentConfig without = config("plain");
+  without.cuda_library = "libno-such-cuda.so.1";
+  PoolMemory host(64 << 10, "shm");
+  auto plain = std::move(*Agent::create(without));
+  PoolId pool = *plain->add_pool({*plain->register_memory(host, MemoryKind::kHost), 1024, 64});
+  set_log_level(LogLevel::kError);
+  Peer there = *plain->connect(gpu.agent->metadata());
+  EXPECT_EQ(there.path(MemoryKind::kHost, MemoryKind::kCuda).transport, "staged:shm");
+  host.fill(std::byte{8});
+  BlockWrite write{.local_pool = pool, .remote_pool = gpu.gpu_pool, .blocks = {{0, 3}}, .length_bytes = 1024};
+  EXPECT_EQ(there.write(write)->wait(), Status());
+  EXPECT_EQ(gpu.gpu.data()[3072], std::byte{8});
+  Peer back = *gpu.agent->connect(plain->metadata());
+  gpu.gpu.fill(std::byte{9});
+  write = {.local_pool = gpu.gpu_pool, .remote_pool = pool, .blocks = {{0, 4}}, .length_bytes = 1024};
+  EXPECT_EQ(back.write(write)->wait(), Status());
+  EXPECT_EQ(host.data()[4096], std::byte{9});
+  EXPECT_EQ(host.data()[5120], std::byte{8});
+}
+
 TEST_F(Cuda, AnAgentWithoutGpuMemoryStillReachesTheHostPools) {
   Both b(config("b"));
   PoolMemory host(64 << 10, "shm");

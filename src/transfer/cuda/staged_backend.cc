@@ -214,6 +214,7 @@ size_t StagedBackend::progress(BackendEvents& events) {
   if (idle && !slept_ && begin_ns - seen_ns_ < kIdlePollNs && inbound_.longest_wait_ns() > 0) return 0;
   seen_ns_ = begin_ns;
   size_t count = control_.progress();
+  // Before slots are granted: the last words of a writer that was shut out still name a slot that is free then.
   count += inner_->progress(*this);
   count += inbound_.progress(events);
   for (auto& [id, link] : links_) count += link->advance();

@@ -25,7 +25,7 @@ namespace baton::transfer {
 /// pool, so a writer that comes in this way reaches nothing else. Every message of the agent is one message here, so
 /// nothing depends on order.
 ///
-/// Memory: 33 MiB of slots for each direction that is used, page-locked when a GPU is involved, and 32 MiB on each GPU.
+/// Memory: 32 MiB of slots for each direction that is used, page-locked when a GPU is involved, and 32 MiB on each GPU.
 using HostBackendFactory =
     std::function<Result<std::unique_ptr<Backend>>(std::shared_ptr<BackendContext>, const std::string& transport)>;
 

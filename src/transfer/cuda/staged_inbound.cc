@@ -15,6 +15,8 @@ namespace {
 constexpr uint32_t kMaxWants = 64 * kSlots;
 /// How long a writer may keep a slot that others wait for, in stall timeouts.
 constexpr int64_t kSlowStalls = 5;
+/// Copies into host memory keep the progress thread busy: others have their turn after this much.
+constexpr uint64_t kHostBurstBytes = 4u << 20;
 constexpr int64_t kQuarantinePollNs = 2'000'000;
 constexpr int64_t kSlowPollNs = 100'000'000;
 
@@ -178,7 +180,8 @@ void StagedInbound::refuse(uint32_t index, const Status& why) {
 
 size_t StagedInbound::copy_arrived(BackendEvents& events) {
   size_t count = 0;
-  while (!arrived_.empty()) {
+  const uint64_t before = bytes_;
+  while (!arrived_.empty() && bytes_ - before < kHostBurstBytes) {
     const uint32_t index = arrived_.front();
     Result<bool> started = start_copy(index);
     if (started.ok() && !*started) break;

@@ -129,7 +129,8 @@ size_t StagedLink::advance() {
   held_back_ = false;
   if (dead_) return count;
   size_t posted = 0;
-  while (!gathered_.empty() && !grants_.empty()) {
+  uint64_t burst_bytes = 0;
+  while (!gathered_.empty() && !grants_.empty() && burst_bytes < inner_limits_.max_burst_bytes) {
     const uint64_t bytes = message(gathered_.front()).bytes;
     if (inner_count_ >= inner_limits_.max_inflight_messages ||
         (inner_count_ >= inner_limits_.min_inflight_messages && inner_bytes_ + bytes > inner_limits_.max_inflight_bytes)) {
@@ -146,6 +147,7 @@ size_t StagedLink::advance() {
     }
     gathered_.pop_front();
     grants_.pop_front();
+    burst_bytes += bytes;
     ++posted;
   }
   if (posted > 0) inner_->flush();

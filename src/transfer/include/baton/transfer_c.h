@@ -77,7 +77,7 @@ void baton_set_log_function(void (*log)(void* user, baton_log_level level, const
 typedef struct baton_agent_config {
   size_t size;
   const char* name;         /**< shown in logs and errors; default "agent" */
-  const char* transport;    /**< "auto" (default), "shm", "tcp", "efa", "verbs" */
+  const char* transport;    /**< "auto" (default), "shm", "tcp", "efa", "verbs", "staged:tcp", ... */
   const char* bind_address; /**< IP of this host that others reach; default "": the first interface that is up */
   int allow_tcp;            /**< "auto" may take TCP although there is an RDMA device; default 1 */
   int manual_progress;      /**< 1: no thread, the caller calls baton_agent_progress(); default 0 */
