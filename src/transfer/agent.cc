@@ -124,10 +124,12 @@ Status AgentCore::open_backends(const BackendFactory& factory) {
   if (transport.ends_with("sim")) {
     return invalid_argument("transport '{}' is made with create_sim_agent()", transport);
   }
+  BATON_ASSIGN_OR_RETURN(std::shared_ptr<UnusedSockets> unused, UnusedSockets::create());
   auto add_staged = [&](const std::string& name) {
-    return add(create_staged_backend(context_, name, [](std::shared_ptr<BackendContext> context, const std::string& host) {
-      return open_host_backend(std::move(context), host, false);
-    }));
+    auto open_host = [](std::shared_ptr<BackendContext> host_context, const std::string& host) {
+      return open_host_backend(std::move(host_context), host, false);
+    };
+    return add(create_staged_backend(context_, name, open_host, unused));
   };
   if (transport == "cuda_ipc") return add(create_cuda_backend(context_));
   if (is_staged_transport(transport)) return add_staged(transport);

@@ -107,7 +107,7 @@ TEST_F(Cuda, StagingGathersAndScattersWithinItsBounds) {
   Stager::Options options{.copies = 3, .copy_bytes = 2u << 20, .max_ctas = 2};
   PoolMemory from(4u << 20, "cuda_ipc", 0), to(4u << 20, "cuda_ipc", 1);  // outlive what reads them
   auto there = *Device::open(driver_, 1);
-  auto host = std::move(*PinnedMemory::allocate(device_, options.copy_bytes));
+  auto host = std::move(*PinnedMemory::allocate(device_, options.copies * options.copy_bytes));
   auto out = std::move(*Stager::create(device_, options));
   auto in = std::move(*Stager::create(there, options));
   Random random(3);
@@ -139,7 +139,8 @@ TEST_F(Cuda, StagingGathersAndScattersWithinItsBounds) {
 
   std::vector<Segment> some = {{0, 0, 4096}, {9000, 0, 4096}};
   for (uint32_t i = 0; i < options.copies; ++i) {
-    ASSERT_TRUE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), some, host.address())->has_value());
+    ASSERT_TRUE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), some, host.address() + i * options.copy_bytes)
+                    ->has_value());
   }
   EXPECT_FALSE(out->gather(reinterpret_cast<CUdeviceptr>(from.data()), some, host.address())->has_value());
   some = {{0, 0, options.copy_bytes}, {0, 0, 1}};
@@ -308,6 +309,19 @@ TEST_F(Cuda, AutoStagesWhereCudaIpcCannotBeAndSaysWhy) {
   EXPECT_THAT(b->describe(), HasSubstr("staged:tcp (not used)"));
   (void)driver_->stream_destroy(stream);
   (void)driver_->event_destroy(event);
+}
+
+TEST_F(Cuda, StagingWorksWithADriverThatDoesNotPinOurMemory) {
+  ::setenv("BATON_FAKE_CUDA_NO_REGISTER", "1", 1);
+  Both a(config("a", "staged:shm")), b(config("b", "staged:shm"));
+  a.gpu.fill(std::byte{7});
+  Peer peer = *a.agent->connect(b.agent->metadata());
+  BlockWrite write{.local_pool = a.gpu_pool, .remote_pool = b.gpu_pool, .blocks = {{0, 63}, {5, 1}}, .length_bytes = 1024};
+  EXPECT_EQ(peer.write(write)->wait(), Status());
+  ::unsetenv("BATON_FAKE_CUDA_NO_REGISTER");
+  EXPECT_EQ(b.gpu.data()[63 * 1024], std::byte{7});
+  EXPECT_EQ(b.gpu.data()[1024], std::byte{7});
+  EXPECT_EQ(b.gpu.data()[0], std::byte{0});
 }
 
 TEST_F(Cuda, AHostWithoutCudaWritesIntoGpuMemoryAndIsWrittenInto) {

@@ -1,6 +1,11 @@
 #include "transfer/cuda/staged_backend.h"
 
+#include <sys/epoll.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <limits>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -15,8 +20,8 @@ namespace {
 constexpr int64_t kSpinNs = 200'000;
 /// How often a caller's event is looked at after that, and a host transport that had said "not now".
 constexpr int64_t kAgainNs = 20'000;
-/// How often the sockets are looked at while nobody uses this path and the thread is busy with others.
-constexpr int64_t kIdlePollNs = 50'000;
+/// How often the sockets are looked at while nobody uses this path: four system calls are a lot to somebody else's message.
+constexpr int64_t kIdlePollNs = 200'000;
 
 }  // namespace
 
@@ -53,7 +58,8 @@ StagedBackend::StagedBackend(std::shared_ptr<BackendContext> context, std::strin
 
 StagedBackend::~StagedBackend() { BATON_CHECK(links_.empty()) << "links must be closed before their backend"; }
 
-Status StagedBackend::open(const HostBackendFactory& open_host) {
+Status StagedBackend::open(const HostBackendFactory& open_host, std::shared_ptr<UnusedSockets> unused) {
+  unused_ = std::move(unused);
   const std::string host = staged_over(transport_);
   slot_context_ = std::make_shared<SlotContext>(*context_, *context_, inbound_);
   slot_context_->config.transport = host;
@@ -61,10 +67,17 @@ Status StagedBackend::open(const HostBackendFactory& open_host) {
   inbound_.set_host_transport(*inner_);
   provider_ = fmt::format("staged over {}", inner_->provider());
   limits_ = limits_for({});
-  if (host == "shm" || host == "sim") return control_.listen("unix:");
-  BATON_ASSIGN_OR_RETURN(std::vector<std::string> ips, fabric::local_addresses(context_->config.bind_address));
-  const std::string& ip = ips.front();
-  return control_.listen(ip.find(':') != std::string::npos ? fmt::format("tcp:[{}]", ip) : "tcp:" + ip);
+  std::string address = "unix:";
+  if (host != "shm" && host != "sim") {
+    BATON_ASSIGN_OR_RETURN(std::vector<std::string> ips, fabric::local_addresses(context_->config.bind_address));
+    address = ips.front().find(':') != std::string::npos ? fmt::format("tcp:[{}]", ips.front()) : "tcp:" + ips.front();
+  }
+  BATON_RETURN_IF_ERROR(control_.listen(address));
+  BATON_RETURN_IF_ERROR(unused_->watch(control_.poll_fd()));
+  std::vector<pollfd> fds;
+  (void)inner_->prepare_wait(fds);
+  for (const pollfd& fd : fds) BATON_RETURN_IF_ERROR(unused_->watch(fd.fd));
+  return Status();
 }
 
 BackendLimits StagedBackend::limits_for(const std::string& address) const {
@@ -130,7 +143,9 @@ std::string StagedBackend::address() const {
 
 Status StagedBackend::open_out() {
   if (out_ != nullptr) return Status();
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<SlotMemory> memory, SlotMemory::create("baton-staging-out"));
+  for (const LocalPool& pool : context_->pools()) ignore_status(context_->backend_region(pool, *this).status());
+  BATON_ASSIGN_OR_RETURN(std::unique_ptr<SlotMemory> memory,
+                         SlotMemory::create("baton-staging-out", devices_.empty() ? nullptr : devices_.begin()->second->device));
   // Opens the host transport as well, so its limits are the final ones.
   BATON_RETURN_IF_ERROR(memory->region().impl()->with(*inner_).status());
   out_ = std::move(memory);
@@ -147,6 +162,7 @@ uint32_t StagedBackend::take_slot() {
 Result<std::unique_ptr<Link>> StagedBackend::open_link(const Metadata& peer, const Metadata::Offer& offer) {
   Result<Address> address = parse_address(offer.address);
   if (!address.ok()) return address.status().with_context(fmt::format("'{}' offers {}", peer.name, transport_));
+  used_ = true;
   BATON_RETURN_IF_ERROR(open_out());
   provider_ = fmt::format("staged over {}", inner_->provider());
   const Metadata::Offer inner_offer{inner_->transport(), inner_->provider(), address->inner};
@@ -209,9 +225,9 @@ void StagedBackend::forget(StagedLink& link) {
 }
 
 size_t StagedBackend::progress(BackendEvents& events) {
-  const bool idle = links_.empty() && inbound_.writers() == 0;
   const int64_t begin_ns = now_ns();
-  if (idle && !slept_ && begin_ns - seen_ns_ < kIdlePollNs && inbound_.longest_wait_ns() > 0) return 0;
+  // A socket of ours that has something to say keeps the thread awake until then.
+  if (!used_ && begin_ns - seen_ns_ < kIdlePollNs) return 0;
   seen_ns_ = begin_ns;
   size_t count = control_.progress();
   // Before slots are granted: the last words of a writer that was shut out still name a slot that is free then.
@@ -222,12 +238,14 @@ size_t StagedBackend::progress(BackendEvents& events) {
   // A completion may make the agent close its link, so both are taken out first.
   for (auto& [link, cookie] : std::exchange(done_, {})) events.on_posted_done(*link, cookie, Status());
   for (auto& [link, status] : std::exchange(failed_, {})) events.on_link_failed(*link, status);
-  if (std::exchange(slept_, false) && !idle) last_event_ns_ = begin_ns;
+  if (std::exchange(slept_, false) && (!links_.empty() || inbound_.writers() > 0)) last_event_ns_ = begin_ns;
   if (count > 0) last_event_ns_ = now_ns();
   return count;
 }
 
 int64_t StagedBackend::prepare_wait(std::vector<pollfd>& fds) {
+  if (unused_->is_mine(this)) fds.push_back({unused_->poll_fd(), POLLIN, 0});
+  if (!used_) return std::numeric_limits<int64_t>::max();
   int64_t longest_ns = std::min(inner_->prepare_wait(fds), inbound_.longest_wait_ns());
   fds.push_back({control_.poll_fd(), POLLIN, 0});
   if (control_.wants_time()) longest_ns = std::min<int64_t>(longest_ns, 1'000'000'000);
@@ -244,10 +262,25 @@ int64_t StagedBackend::prepare_wait(std::vector<pollfd>& fds) {
 
 }  // namespace staged
 
+Result<std::shared_ptr<UnusedSockets>> UnusedSockets::create() {
+  auto sockets = std::make_shared<UnusedSockets>();
+  sockets->epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
+  if (!sockets->epoll_) return internal_error("epoll_create1: {}", std::strerror(errno));
+  return sockets;
+}
+
+Status UnusedSockets::watch(int fd) {
+  epoll_event event{};
+  event.events = EPOLLIN;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) == 0) return Status();
+  return internal_error("epoll_ctl: {}", std::strerror(errno));
+}
+
 Result<std::unique_ptr<Backend>> create_staged_backend(std::shared_ptr<BackendContext> context,
-                                                       const std::string& transport, const HostBackendFactory& open_host) {
+                                                       const std::string& transport, const HostBackendFactory& open_host,
+                                                       std::shared_ptr<UnusedSockets> unused) {
   auto backend = std::make_unique<staged::StagedBackend>(std::move(context), transport);
-  BATON_RETURN_IF_ERROR(backend->open(open_host));
+  BATON_RETURN_IF_ERROR(backend->open(open_host, std::move(unused)));
   return std::unique_ptr<Backend>(std::move(backend));
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/unique_handle.h"
 #include "transfer/backend.h"
 
 namespace baton::transfer {
@@ -29,6 +30,21 @@ namespace baton::transfer {
 using HostBackendFactory =
     std::function<Result<std::unique_ptr<Backend>>(std::shared_ptr<BackendContext>, const std::string& transport)>;
 
+/// The sockets of an agent's staged backends that nobody has used yet, behind one descriptor: everybody pays for these
+/// with every sleep of the progress thread.
+class UnusedSockets {
+ public:
+  static Result<std::shared_ptr<UnusedSockets>> create();
+  Status watch(int fd);
+  int poll_fd() const { return epoll_.get(); }
+  /// True for the one backend that waits on it for all of them.
+  bool is_mine(const Backend* backend) { return (first_ == nullptr ? first_ = backend : first_) == backend; }
+
+ private:
+  FileDescriptor epoll_;
+  const Backend* first_ = nullptr;
+};
+
 inline constexpr std::string_view kStagedPrefix = "staged:";
 inline bool is_staged_transport(std::string_view transport) { return transport.starts_with(kStagedPrefix); }
 /// "tcp" of "staged:tcp".
@@ -36,6 +52,7 @@ inline std::string staged_over(std::string_view transport) { return std::string(
 
 /// `open_host` makes the host backend; the driver is opened when GPU memory is registered.
 Result<std::unique_ptr<Backend>> create_staged_backend(std::shared_ptr<BackendContext> context,
-                                                       const std::string& transport, const HostBackendFactory& open_host);
+                                                       const std::string& transport, const HostBackendFactory& open_host,
+                                                       std::shared_ptr<UnusedSockets> unused);
 
 }  // namespace baton::transfer

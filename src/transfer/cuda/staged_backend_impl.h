@@ -20,7 +20,7 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
  public:
   StagedBackend(std::shared_ptr<BackendContext> context, std::string transport);
   ~StagedBackend() override;
-  Status open(const HostBackendFactory& open_host);
+  Status open(const HostBackendFactory& open_host, std::shared_ptr<UnusedSockets> unused);
 
   const std::string& transport() const override { return transport_; }
   const std::string& provider() const override { return provider_; }
@@ -67,7 +67,10 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
   void on_arrived(uint32_t tag, uint64_t count) override { inbound_.on_message(tag, count); }
 
   // ControlPlane::Delegate
-  Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override { return inbound_.add_writer(id, hello); }
+  Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override {
+    used_ = true;
+    return inbound_.add_writer(id, hello);
+  }
   void on_inbound_closed(ControlPlane::Id id, bool) override { inbound_.remove_writer(id); }
   void on_inbound_arrived(ControlPlane::Id id, const Arrival& arrival) override { inbound_.on_note(id, arrival); }
   void on_outbound_arrived(ControlPlane::Id id, const Arrival& arrival) override;
@@ -90,8 +93,10 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
   uint64_t sent_bytes_ = 0;
   int64_t last_event_ns_ = 0;
   int64_t seen_ns_ = 0;
+  bool used_ = false;  // somebody has come, or gone to somebody
   bool slept_ = false;
   bool waits_for_event_ = false;
+  std::shared_ptr<UnusedSockets> unused_;
   std::shared_ptr<SlotContext> slot_context_;
   std::unique_ptr<Backend> inner_;  // goes first: then nobody writes into the slots any more
 };

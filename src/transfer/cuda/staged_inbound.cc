@@ -23,9 +23,16 @@ constexpr int64_t kSlowPollNs = 100'000'000;
 }  // namespace
 
 Result<SlotMemory*> StagedInbound::memory() {
+  // Made under the agent's lock by the first writer; a simulated network asks from other threads, and only later.
   std::lock_guard lock(memory_mutex_);
   if (memory_ == nullptr) {
-    BATON_ASSIGN_OR_RETURN(memory_, SlotMemory::create("baton-staging-in"));
+    std::shared_ptr<const cuda::Device> device;
+    for (const LocalPool& pool : context_.pools()) {
+      Result<const BackendRegion*> region = context_.backend_region(pool, self_);
+      if (!region.ok()) continue;  // said when a writer comes
+      if (const StagedDevice* found = static_cast<const StagedRegion*>(*region)->device) device = found->device;
+    }
+    BATON_ASSIGN_OR_RETURN(memory_, SlotMemory::create("baton-staging-in", device));
     for (uint32_t index = kSlots; index > 0; --index) free_.push_back(index - 1);
     log_info("transfer {}: {} slots of {} KiB for what comes in over {}", context_.agent_name, kSlots, kSlotStride >> 10,
              self_.transport());

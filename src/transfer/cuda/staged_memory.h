@@ -31,23 +31,28 @@ class StagedRegion final : public BackendRegion {
   StagedDevice* device = nullptr;  ///< null: host memory
 };
 
-/// kSlots slots of memory that other processes can map, one behind the other; page-locked for the GPUs once one of them
-/// needs it.
+/// kSlots slots of host memory, one behind the other: memory that other processes can map, page-locked for the GPUs when
+/// there is one. Where the driver does not take such memory it is the driver's own, which others reach through the kernel.
 class SlotMemory {
  public:
-  static Result<std::unique_ptr<SlotMemory>> create(const std::string& name);
+  /// `device`: any GPU of this process, or null.
+  static Result<std::unique_ptr<SlotMemory>> create(const std::string& name,
+                                                    const std::shared_ptr<const cuda::Device>& device);
+  /// For the GPU that comes later.
   Status pin(const std::shared_ptr<const cuda::Device>& device);
 
-  std::byte* slot(uint32_t index) const { return memory_.data() + index * kSlotStride; }
   /// Where its data begins; the descriptor ends there.
-  std::byte* data(uint32_t index) const { return slot(index) + kHeaderBytes; }
+  std::byte* data(uint32_t index) const { return region_.data() + index * kSlotStride + kHeaderBytes; }
   /// The same for a GPU. REQUIRES: pin() was ok.
-  cuda::CUdeviceptr address(uint32_t index) const { return pinned_.address() + index * kSlotStride + kHeaderBytes; }
+  cuda::CUdeviceptr address(uint32_t index) const {
+    return (pinned_ ? pinned_.address() : of_driver_.address()) + index * kSlotStride + kHeaderBytes;
+  }
   const MemoryRegion& region() const { return region_; }
 
  private:
   MappedMemory memory_;
   cuda::PinnedRange pinned_;
+  cuda::PinnedMemory of_driver_;
   MemoryRegion region_;
 };
 

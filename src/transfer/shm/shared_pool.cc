@@ -97,7 +97,8 @@ Result<SharedSource> find_shared_source(std::span<const std::byte> memory) {
     char* rest = nullptr;
     long fd = std::strtol(entry->d_name, &rest, 10);
     struct stat status {};
-    if (rest == entry->d_name || ::fstat(static_cast<int>(fd), &status) != 0) continue;
+    // By name: other threads open and close descriptors meanwhile, and fstat() of their numbers is a race to the thread sanitizer.
+    if (rest == entry->d_name || ::fstatat(::dirfd(folder.get()), entry->d_name, &status, 0) != 0) continue;
     if (status.st_dev != ticket.device || status.st_ino != ticket.inode) continue;
     SharedSource source;
     source.file.reset(::fcntl(static_cast<int>(fd), F_DUPFD_CLOEXEC, 0));

@@ -472,12 +472,13 @@ Result<std::unique_ptr<Agent>> create_sim_agent(SimFabric& fabric, AgentConfig c
     return Result<std::unique_ptr<Backend>>(std::make_unique<SimBackend>(fabric, std::move(context)));
   };
   if (config.transport != "staged:sim") config.transport = "sim";
-  return create_agent_with(std::move(config), clock,
-                           [make_sim, transport = config.transport](std::shared_ptr<BackendContext> context) {
-                             return is_staged_transport(transport)
-                                        ? create_staged_backend(std::move(context), transport, make_sim)
-                                        : make_sim(std::move(context), transport);
-                           });
+  const auto make = [make_sim, transport = config.transport](
+                        std::shared_ptr<BackendContext> context) -> Result<std::unique_ptr<Backend>> {
+    if (!is_staged_transport(transport)) return make_sim(std::move(context), transport);
+    BATON_ASSIGN_OR_RETURN(std::shared_ptr<UnusedSockets> unused, UnusedSockets::create());
+    return create_staged_backend(std::move(context), transport, make_sim, std::move(unused));
+  };
+  return create_agent_with(std::move(config), clock, make);
 }
 
 }  // namespace baton::transfer

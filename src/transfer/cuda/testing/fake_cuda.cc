@@ -266,6 +266,7 @@ CUresult cuMemFreeHost(void* memory) {
   return kSuccess;
 }
 CUresult cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
+  if (std::getenv("BATON_FAKE_CUDA_NO_REGISTER") != nullptr) return kInvalidValue;
   std::lock_guard lock(memories_mutex);
   auto address = reinterpret_cast<CUdeviceptr>(memory);
   return memories().try_emplace(address, Memory{bytes, -1, -1, true}).second ? kSuccess : kInvalidValue;
