@@ -97,7 +97,7 @@ BackendLimits StagedBackend::limits_for(const std::string& address) const {
   limits.plan.max_packed_segment_bytes = limits.plan.max_message_bytes;
   limits.max_inflight_messages = kSlots;
   limits.max_inflight_bytes = kSlots * kDataBytes;
-  limits.max_burst_bytes = 4 * kDataBytes;
+  limits.max_burst_bytes = 2 * kDataBytes;  // host memory is copied while the others wait
   return limits;
 }
 
@@ -106,7 +106,7 @@ std::string StagedBackend::describe() const {
   std::string names;
   for (const auto& [ordinal, local] : devices_) names += (names.empty() ? "" : ", ") + local->device->name();
   return fmt::format("{} ({}, {} writers, {} links, {:.1f} MB gathered and sent, {:.1f} MB received and scattered, {} times "
-                     "writers waited for slots)", transport_, names.empty() ? "no GPU memory" : names, inbound_.writers(),
+                     "a writer found no slot)", transport_, names.empty() ? "no GPU memory" : names, inbound_.writers(),
                      links_.size(), static_cast<double>(sent_bytes_) * 1e-6, static_cast<double>(inbound_.bytes()) * 1e-6,
                      inbound_.waits());
 }

@@ -98,6 +98,7 @@ void StagedInbound::on_note(Id id, const Arrival& arrival) {
   }
   writer.wants += note->value;
   if (writer.wants == 0 || std::exchange(writer.waits, true)) return;
+  if (free_.empty()) ++waits_;
   wanting_.push_back(id);
 }
 
@@ -261,7 +262,6 @@ size_t StagedInbound::grant() {
     writer.waits = writer.wants > 0;
     if (writer.waits) wanting_.push_back(id);
   }
-  if (free_.empty() && !wanting_.empty()) ++waits_;
   return granted;
 }
 
