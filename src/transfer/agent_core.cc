@@ -179,7 +179,7 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
         burst_bytes >= peer.limits.max_burst_bytes) {
       break;
     }
-    const bool hash_before = transfer->check != nullptr && peer.kind == MemoryKind::kHost;
+    const bool hash_before = transfer->check != nullptr && peer.from == MemoryKind::kHost;
     if (hash_before && transfer->check->hashed_messages == transfer->next_message) {
       if (Status hashed = hash_next_message(*transfer); !hashed.ok()) {
         fail_transfer(TransferPointer(transfer), hashed);

@@ -420,9 +420,7 @@ void ControlPlane::close(Id id, const Status& why) {
   if (!connection.established) {
     --waiting_for_hello_;
   } else {
-    pollfd poll_fd{connection.socket->fd(), POLLRDHUP, 0};
-    const bool gone = ::poll(&poll_fd, 1, 0) != 0 && (poll_fd.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
-    delegate_.on_inbound_closed(id, gone);
+    delegate_.on_inbound_closed(id, connection.socket->fd());
   }
 }
 

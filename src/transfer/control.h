@@ -129,8 +129,8 @@ class ControlPlane final : public CheckChannel {
     /// A writer wants in (epochs and fences are checked already). An error is sent to it as the reason.
     virtual Result<Welcome> on_inbound(Id id, const Hello& hello) = 0;
     /// The writer is gone, or was shut out: release what was opened for it. Runs before fence() returns.
-    /// `peer_gone`: its end of the connection is closed, so its process has ended or has given the link up.
-    virtual void on_inbound_closed(Id id, bool peer_gone) = 0;
+    /// `socket` is that of the connection, open until this returns.
+    virtual void on_inbound_closed(Id id, int socket) = 0;
     virtual void on_inbound_arrived(Id id, const Arrival& arrival) = 0;
     virtual void on_outbound_arrived(Id, const Arrival&) {}
     virtual void on_inbound_rail(Id, const RailNote&) {}

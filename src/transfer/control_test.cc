@@ -27,7 +27,7 @@ struct Recorder : ControlPlane::Delegate {
     if (!refuse.ok()) return refuse;
     return Welcome{{"rail"}, {{1, 100, 7}}};
   }
-  void on_inbound_closed(ControlPlane::Id, bool) override { ++inbound_closed; }
+  void on_inbound_closed(ControlPlane::Id, int) override { ++inbound_closed; }
   void on_inbound_arrived(ControlPlane::Id, const Arrival& arrival) override { arrivals.push_back(arrival); }
   void on_welcome(ControlPlane::Id, Welcome welcome) override { welcomes.push_back(std::move(welcome)); }
   void on_outbound_closed(ControlPlane::Id id, const Status& why) override {

@@ -211,7 +211,7 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
   bool forget_the_dead();
 
   Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override;
-  void on_inbound_closed(ControlPlane::Id id, bool peer_gone) override;
+  void on_inbound_closed(ControlPlane::Id id, int socket) override;
   void on_inbound_arrived(ControlPlane::Id id, const Arrival& arrival) override;
   void on_welcome(ControlPlane::Id id, Welcome welcome) override;
   void on_outbound_closed(ControlPlane::Id id, const Status& why) override;
@@ -391,7 +391,7 @@ Result<Welcome> CudaBackend::on_inbound(ControlPlane::Id id, const Hello& hello)
   return welcome;
 }
 
-void CudaBackend::on_inbound_closed(ControlPlane::Id id, bool) {
+void CudaBackend::on_inbound_closed(ControlPlane::Id id, int) {
   auto node = inbound_.extract(id);
   if (!node.empty() && !node.mapped().said_goodbye && node.mapped().process) {
     dying_.push_back(std::move(node.mapped()));

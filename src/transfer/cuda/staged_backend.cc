@@ -173,6 +173,15 @@ Result<std::unique_ptr<Link>> StagedBackend::open_link(const Metadata& peer, con
   return std::unique_ptr<Link>(std::move(link));
 }
 
+Result<std::span<const std::byte>> StagedBackend::read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) {
+  StagedDevice* const device = static_cast<const StagedRegion&>(region).device;
+  if (device == nullptr) return std::span<const std::byte>(region.data + offset, bytes);
+  if (device->read_back == nullptr) {
+    BATON_ASSIGN_OR_RETURN(device->read_back, cuda::ReadBack::create(device->device));
+  }
+  return device->read_back->read(reinterpret_cast<cuda::CUdeviceptr>(region.data) + offset, bytes);
+}
+
 Result<bool> StagedBackend::event_reached(const StagedDevice& device, void* event) {
   if (event == nullptr) return true;
   cuda::CurrentDevice current(*device.device);

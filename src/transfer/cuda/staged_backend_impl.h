@@ -39,6 +39,8 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_.inbound(); }
+  CheckChannel& checks() override { return control_; }
+  Result<std::span<const std::byte>> read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) override;
 
   // For StagedLink.
   int64_t now_ns() const { return context_->clock->now_ns(); }
@@ -71,7 +73,7 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
     used_ = true;
     return inbound_.add_writer(id, hello);
   }
-  void on_inbound_closed(ControlPlane::Id id, bool) override { inbound_.remove_writer(id); }
+  void on_inbound_closed(ControlPlane::Id id, int) override { inbound_.remove_writer(id); }
   void on_inbound_arrived(ControlPlane::Id id, const Arrival& arrival) override { inbound_.on_note(id, arrival); }
   void on_outbound_arrived(ControlPlane::Id id, const Arrival& arrival) override;
   void on_welcome(ControlPlane::Id id, Welcome welcome) override;

@@ -43,6 +43,7 @@ class StagedLink final : public Link {
   /// True when there is something to post that the host transport would not take.
   bool held_back() const { return held_back_; }
 
+  CheckChannel::Connection connection() const override { return id_; }
   ControlPlane::Id id() const { return id_; }
   const std::string& peer_name() const { return peer_name_; }
 

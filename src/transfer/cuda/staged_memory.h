@@ -10,6 +10,7 @@
 #include "transfer/agent_impl.h"
 #include "transfer/backend.h"
 #include "transfer/cuda/device.h"
+#include "transfer/cuda/read_back.h"
 #include "transfer/cuda/staged_wire.h"
 #include "transfer/cuda/staging.h"
 
@@ -19,6 +20,7 @@ namespace baton::transfer::staged {
 struct StagedDevice {
   std::shared_ptr<const cuda::Device> device;
   std::unique_ptr<cuda::Stager> stager;
+  std::unique_ptr<cuda::ReadBack> read_back;  ///< integrity mode
   int64_t last_end_ns = 0;  ///< when a copy ended, or the first one was started
   Status broken;            ///< the GPU's context is: nothing that was started writes any more
 

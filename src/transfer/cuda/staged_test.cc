@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -85,6 +86,10 @@ class FakeBackend final : public Backend {
   size_t progress(BackendEvents&) override { return 0; }
   int64_t prepare_wait(std::vector<pollfd>&) override { return 0; }
   uint64_t inbound_peers() const override { return 0; }
+  CheckChannel& checks() override {
+    BATON_CHECK(false) << "nobody checks here";
+    std::abort();
+  }
 
   Status fence_status;
   std::map<Epoch, int> fences;
@@ -127,7 +132,7 @@ class StagedOwner : public ::testing::Test, public BackendEvents, public Backend
 
   // ControlPlane::Delegate
   Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override { return inbound_->add_writer(id, hello); }
-  void on_inbound_closed(ControlPlane::Id id, bool) override { inbound_->remove_writer(id); }
+  void on_inbound_closed(ControlPlane::Id id, int) override { inbound_->remove_writer(id); }
   void on_inbound_arrived(ControlPlane::Id id, const Arrival& arrival) override { inbound_->on_note(id, arrival); }
   void on_welcome(ControlPlane::Id, Welcome) override {}
   void on_outbound_closed(ControlPlane::Id, const Status&) override {}
@@ -140,7 +145,7 @@ class StagedOwner : public ::testing::Test, public BackendEvents, public Backend
       id = *control.connect(owner.control_->address(), owner.epoch, 1);
     }
     Result<Welcome> on_inbound(ControlPlane::Id, const Hello&) override { return unimplemented("none"); }
-    void on_inbound_closed(ControlPlane::Id, bool) override {}
+    void on_inbound_closed(ControlPlane::Id, int) override {}
     void on_inbound_arrived(ControlPlane::Id, const Arrival&) override {}
     void on_welcome(ControlPlane::Id, Welcome) override { welcome = true; }
     void on_outbound_arrived(ControlPlane::Id, const Arrival& arrival) override {

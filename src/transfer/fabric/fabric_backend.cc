@@ -1,5 +1,9 @@
 #include "transfer/fabric/fabric_backend.h"
 
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+
 #include <algorithm>
 
 #include "base/check.h"
@@ -180,7 +184,7 @@ int64_t FabricBackend::longest_wait_ns(std::vector<pollfd>& fds) {
   if (now_ns() - last_event_ns_ < kAwakeNs) return 0;
   if (!greeting_.empty()) longest_ns = std::min(longest_ns, kGreetAgainNs);
   for (const InboundRail& rail : doomed_) {
-    if (rail.close_at_ns != INT64_MAX) longest_ns = std::min(longest_ns, kDoomedNs / 4);
+    if (rail.peer != nullptr) longest_ns = std::min(longest_ns, kDoomedNs / 4);
   }
   if (rails_.size() > 1) {
     constexpr int64_t kTickNs = 50'000'000;
@@ -250,14 +254,29 @@ void FabricBackend::release_inbound_rail(InboundRail& inbound) {
   if (empty) rails_[inbound.index]->reuse_queue(std::move(queue));
 }
 
-void FabricBackend::close_inbound_rail(InboundRail inbound, int64_t close_at_ns) {
+void FabricBackend::close_inbound_rail(InboundRail inbound, std::shared_ptr<FileDescriptor> peer) {
   if (!inbound.endpoint || inbound.greeted) return release_inbound_rail(inbound);
-  inbound.close_at_ns = close_at_ns;
+  inbound.peer = std::move(peer);
   doomed_.push_back(std::move(inbound));
   if (doomed_.size() <= kMaxDoomed) return;
   ungreeted_.erase(doomed_.front().greeting_tag);
   release_inbound_rail(doomed_.front());
   doomed_.pop_front();
+}
+
+void FabricBackend::close_doomed() {
+  const int64_t now = now_ns();
+  for (InboundRail& rail : doomed_) {
+    if (rail.queue) drain(rail.queue.get(), nullptr);
+    if (rail.peer != nullptr && rail.close_at_ns == INT64_MAX) {
+      pollfd poll_fd{rail.peer->get(), POLLRDHUP, 0};
+      if (::poll(&poll_fd, 1, 0) != 0) rail.close_at_ns = now + kDoomedNs;
+    }
+    if (!rail.greeted && now < rail.close_at_ns) continue;
+    ungreeted_.erase(rail.greeting_tag);
+    release_inbound_rail(rail);
+  }
+  std::erase_if(doomed_, [](const InboundRail& rail) { return !rail.endpoint; });
 }
 
 void FabricBackend::on_greeting(uint32_t tag) {
@@ -320,15 +339,20 @@ Result<Welcome> FabricBackend::on_inbound(ControlPlane::Id id, const Hello& hell
   return welcome;
 }
 
-void FabricBackend::on_inbound_closed(ControlPlane::Id id, bool peer_gone) {
+void FabricBackend::on_inbound_closed(ControlPlane::Id id, int socket) {
   // What it delivered before counts: its entries are in the queues, take them out first.
   drain_all();
   auto it = inbound_.find(id);
   if (it == inbound_.end()) return;
   std::vector<InboundRail> rails = std::move(it->second.rails);
   inbound_.erase(it);
-  const int64_t close_at_ns = peer_gone ? now_ns() + kDoomedNs : INT64_MAX;
-  for (InboundRail& rail : rails) close_inbound_rail(std::move(rail), close_at_ns);
+  std::shared_ptr<FileDescriptor> peer;
+  if (std::any_of(rails.begin(), rails.end(), [](const InboundRail& rail) { return rail.endpoint && !rail.greeted; })) {
+    // The writer sees our end close as ever; that its own end closes is seen here.
+    peer = std::make_shared<FileDescriptor>(::fcntl(socket, F_DUPFD_CLOEXEC, 0));
+    (void)::shutdown(peer->get(), SHUT_WR);
+  }
+  for (InboundRail& rail : rails) close_inbound_rail(std::move(rail), peer);
   context_->wake();
 }
 
@@ -349,10 +373,10 @@ void FabricBackend::on_inbound_rail(ControlPlane::Id id, const RailNote& note) {
                   addresses_[note.rail], inbound.arrived);
     }
     answer.count = inbound.arrived;
-    close_inbound_rail(std::exchange(inbound, {}), INT64_MAX);
+    close_inbound_rail(std::exchange(inbound, {}), nullptr);
   } else if (note.kind == RailNote::Kind::kOpen) {
     answer.kind = RailNote::Kind::kReady;
-    close_inbound_rail(std::exchange(inbound, {}), INT64_MAX);
+    close_inbound_rail(std::exchange(inbound, {}), nullptr);
     if (Status opened = open_inbound_rail(note.rail, &inbound, &answer.address); !opened.ok()) {
       log_warning("transfer {}: rail {} for '{}': {}", agent_name(), note.rail, it->second.name, opened.to_string());
       answer.address.clear();
@@ -435,18 +459,7 @@ bool FabricBackend::drain_all() {
     empty = drain(rail->queue(), nullptr) && empty;
     rail->tidy();
   }
-  if (!doomed_.empty()) {
-    for (InboundRail& rail : doomed_) {
-      if (rail.queue) drain(rail.queue.get(), nullptr);
-    }
-    const int64_t now = now_ns();
-    for (InboundRail& rail : doomed_) {
-      if (!rail.greeted && now < rail.close_at_ns) continue;
-      if (!rail.greeted) ungreeted_.erase(rail.greeting_tag);
-      release_inbound_rail(rail);
-    }
-    std::erase_if(doomed_, [](const InboundRail& rail) { return !rail.endpoint; });
-  }
+  if (!doomed_.empty()) close_doomed();
   if (rails_.size() < 2) return empty;
   for (auto& [id, inbound] : inbound_) {
     for (InboundRail& rail : inbound.rails) {

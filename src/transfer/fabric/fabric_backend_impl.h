@@ -51,6 +51,8 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
     uint64_t arrived = 0;
     uint32_t greeting_tag = 0;
     bool greeted = false;
+    // When it is to be closed ungreeted:
+    std::shared_ptr<FileDescriptor> peer;  // the control connection, to see when its other end closes
     int64_t close_at_ns = INT64_MAX;
   };
   struct Inbound {
@@ -66,8 +68,9 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   Status ensure_open();
   Status check_room() const;
   Status open_inbound_rail(uint32_t index, InboundRail* inbound, std::string* address);
-  /// Now, if the writer has greeted; else when it does, or at `close_at_ns`.
-  void close_inbound_rail(InboundRail inbound, int64_t close_at_ns);
+  /// Now, if the writer has greeted; else when it does, or some time after its end of `peer` has closed.
+  void close_inbound_rail(InboundRail inbound, std::shared_ptr<FileDescriptor> peer);
+  void close_doomed();
   void release_inbound_rail(InboundRail& inbound);
   void on_greeting(uint32_t tag);
   bool drain(fid_cq* queue, uint64_t* arrived);
@@ -79,7 +82,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
 
   // ControlPlane::Delegate
   Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override;
-  void on_inbound_closed(ControlPlane::Id id, bool peer_gone) override;
+  void on_inbound_closed(ControlPlane::Id id, int socket) override;
   void on_inbound_arrived(ControlPlane::Id, const Arrival&) override {}
   void on_inbound_rail(ControlPlane::Id id, const RailNote& note) override;
   void on_outbound_rail(ControlPlane::Id id, const RailNote& note) override;

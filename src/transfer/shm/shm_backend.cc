@@ -214,7 +214,7 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
              hello.name, welcome.pools.size());
     return welcome;
   }
-  void on_inbound_closed(ControlPlane::Id, bool) override { context_->wake(); }
+  void on_inbound_closed(ControlPlane::Id, int) override { context_->wake(); }
   void on_inbound_arrived(ControlPlane::Id, const Arrival& arrival) override {
     arrivals_.push_back(arrival);
   }

@@ -113,7 +113,7 @@ class UcxBackend final : public Backend, private ControlPlane::Delegate, private
                                 const ucp_am_recv_param_t* parameters);
 
   Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override;
-  void on_inbound_closed(ControlPlane::Id id, bool peer_gone) override;
+  void on_inbound_closed(ControlPlane::Id id, int socket) override;
   void on_inbound_arrived(ControlPlane::Id, const Arrival&) override {}
   void on_outbound_arrived(ControlPlane::Id id, const Arrival& arrival) override {
     auto it = links_.find(id);
@@ -224,7 +224,7 @@ Result<Welcome> UcxBackend::on_inbound(ControlPlane::Id id, const Hello& hello) 
   return welcome;
 }
 
-void UcxBackend::on_inbound_closed(ControlPlane::Id id, bool) {
+void UcxBackend::on_inbound_closed(ControlPlane::Id id, int) {
   auto it = inbound_.find(id);
   if (it != inbound_.end()) {
     if (it->second) forget(it->second->worker());
