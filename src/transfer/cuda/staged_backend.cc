@@ -176,6 +176,7 @@ Result<std::unique_ptr<Link>> StagedBackend::open_link(const Metadata& peer, con
 Result<std::span<const std::byte>> StagedBackend::read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) {
   StagedDevice* const device = static_cast<const StagedRegion&>(region).device;
   if (device == nullptr) return std::span<const std::byte>(region.data + offset, bytes);
+  if (!device->broken.ok()) return device->broken;
   if (device->read_back == nullptr) {
     BATON_ASSIGN_OR_RETURN(device->read_back, cuda::ReadBack::create(device->device));
   }
