@@ -496,7 +496,10 @@ AgentStats AgentCore::stats() const {
   AgentStats stats;
   std::lock_guard lock(mutex_);
   std::set<Epoch> epochs;
-  for (const auto& peer : peers_) epochs.insert(peer->metadata.epoch);
+  // Those that were closed since the last turn of progress are still in the list.
+  for (const auto& peer : peers_) {
+    if (peer->state != PeerCore::State::kClosed) epochs.insert(peer->metadata.epoch);
+  }
   stats.peers = epochs.size();
   stats.retries = retries_;
   stats.failed_transfers = failed_transfers_;
