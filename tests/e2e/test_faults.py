@@ -98,6 +98,9 @@ class Faults(unittest.TestCase):
         requests = [make_request(rng) for _ in range(50)]
         expected = self.expected_tokens(requests)
         with Cluster("--local-prefill-tokens", 0, "--decode", 2, model=MODEL) as cluster:
+            # Ready means one pair; the one that is killed must have work.
+            wait_until(lambda: all(any(p["ready"] for p in cluster.workers()[name]["pairs"]) for name in ("decode-0", "decode-1")),
+                       20, "both decode workers have their pair")
             self.assertEqual(self.run_with_kill(cluster, requests, "decode-0"), expected)
             self.assertGreater(cluster.metric("baton_router_replays_total"), 0)
             wait_until(lambda: "decode-0" in cluster.pids(), 20, "decode-0 is started again")
