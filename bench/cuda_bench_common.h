@@ -80,12 +80,12 @@ inline size_t wrong_blocks(const std::vector<uint64_t>& words, const std::vector
   return wrong;
 }
 
-struct Gpu {
+struct BenchGpu {
   std::shared_ptr<const Driver> driver;
   std::shared_ptr<const Device> device;
   DeviceMemory memory;
 
-  Gpu(const std::string& library, int ordinal, size_t pool_bytes) {
+  BenchGpu(const std::string& library, int ordinal, size_t pool_bytes) {
     driver = Driver::load(library).value();
     device = Device::open(driver, ordinal % driver->devices).value();
     memory = DeviceMemory::allocate(device, pool_bytes).value();

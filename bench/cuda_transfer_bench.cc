@@ -63,9 +63,9 @@ AgentConfig agent_config(const Options& options, const std::string& name, uint32
 /// The receiving process: pools of every stride on its own GPU, then on the sender's.
 void serve(const Options& options, Wire wire, Shared* shared) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  Gpu gpus[] = {{options.library, options.to, options.pool_bytes}, {options.library, options.from, options.pool_bytes}};
+  BenchGpu gpus[] = {{options.library, options.to, options.pool_bytes}, {options.library, options.from, options.pool_bytes}};
   auto agent = Agent::create(agent_config(options, "receiver")).value();
-  for (Gpu& gpu : gpus) {
+  for (BenchGpu& gpu : gpus) {
     auto region = agent->register_memory(gpu.memory.span(), MemoryKind::kCuda).value();
     for (uint64_t stride : kStrides) (void)agent->add_pool({region, stride, options.pool_bytes / stride}).value();
   }
@@ -98,7 +98,7 @@ struct Sender {
   Peer peer;
   PoolId pools[kStrideCount];
 
-  Sender(const Options& options, Gpu& gpu, const std::string& metadata, uint32_t max_ctas) {
+  Sender(const Options& options, BenchGpu& gpu, const std::string& metadata, uint32_t max_ctas) {
     agent = Agent::create(agent_config(options, fmt::format("sender-{}", max_ctas), max_ctas)).value();
     auto region = agent->register_memory(gpu.memory.span(), MemoryKind::kCuda).value();
     for (int i = 0; i < kStrideCount; ++i) {
@@ -136,7 +136,7 @@ struct Sender {
 };
 
 /// Bulk copies, by the copy engines.
-double bulk_gbps(const Gpu& from, const Gpu& to, int rounds) {
+double bulk_gbps(const BenchGpu& from, const BenchGpu& to, int rounds) {
   CurrentDevice current(*from.device);
   const Driver& cu = *from.driver;
   if (from.device->uuid() != to.device->uuid()) (void)cu.context_enable_peer_access(to.device->context(), 0);
@@ -156,7 +156,7 @@ double bulk_gbps(const Gpu& from, const Gpu& to, int rounds) {
 }
 
 /// The copy kernel with nothing around it.
-double engine_gbps(const Gpu& from, const Gpu& to, int stride, const std::vector<BlockPair>& pairs, uint32_t max_ctas,
+double engine_gbps(const BenchGpu& from, const BenchGpu& to, int stride, const std::vector<BlockPair>& pairs, uint32_t max_ctas,
                    int rounds) {
   auto engine = CopyEngine::create(from.device, {.max_ctas = max_ctas}).value();
   std::vector<Segment> pieces;
@@ -204,10 +204,10 @@ struct StagedWork {
 
 /// Through pinned host memory, with a network in between that costs nothing: the receiver reads the sender's slots.
 /// Without `to` the way out of the GPU alone, without `from` the way in.
-double staged_gbps(const Gpu* from, const Gpu* to, int stride, const std::vector<BlockPair>& pairs, int rounds) {
+double staged_gbps(const BenchGpu* from, const BenchGpu* to, int stride, const std::vector<BlockPair>& pairs, int rounds) {
   constexpr int kRepeats = 4;
   constexpr uint32_t kSlots = 16;
-  const Gpu& any = from != nullptr ? *from : *to;
+  const BenchGpu& any = from != nullptr ? *from : *to;
   auto out = Stager::create(any.device, {}).value();
   auto in = Stager::create(to != nullptr ? to->device : any.device, {}).value();
   const uint64_t slot_bytes = out->options().copy_bytes;
@@ -262,11 +262,11 @@ double staged_gbps(const Gpu* from, const Gpu* to, int stride, const std::vector
 }
 
 /// What the copy engines do between pinned host memory and the GPUs: out of one, into the other, and both at once.
-void print_host_limits(const Gpu& out_of, const Gpu& into) {
+void print_host_limits(const BenchGpu& out_of, const BenchGpu& into) {
   const Driver& cu = *out_of.driver;
   constexpr size_t kBytes = 256u << 20;
   struct End {
-    const Gpu& gpu;
+    const BenchGpu& gpu;
     PinnedMemory host;
     CUstream stream = nullptr;
   };
@@ -333,7 +333,7 @@ void measure_latency(const Sender& sender, Shared* shared, Tag tag, int gpu, con
 }
 
 void measure(const Options& options, Wire& wire, Shared* shared) {
-  Gpu from(options.library, options.from, options.pool_bytes), local_to(options.library, options.to, options.pool_bytes),
+  BenchGpu from(options.library, options.from, options.pool_bytes), local_to(options.library, options.to, options.pool_bytes),
       local_same(options.library, options.from, options.pool_bytes);
   std::vector<uint64_t> words(options.pool_bytes / 8);
   for (size_t i = 0; i < words.size(); ++i) words[i] = pattern(i);
@@ -345,7 +345,7 @@ void measure(const Options& options, Wire& wire, Shared* shared) {
               full.peer.path().reason.c_str());
   size_t all_wrong = 0;
   for (int gpu : {0, 1}) {
-    Gpu& local = gpu == 0 ? local_to : local_same;
+    BenchGpu& local = gpu == 0 ? local_to : local_same;
     double bulk = bulk_gbps(from, local, options.rounds);
     std::printf("\n%s: bulk copy %.1f GB/s\n", gpu == 0 ? "GPU to GPU" : "same GPU, two processes", bulk);
     std::printf("%8s x %5s | %11s | %8s %5s %8s | %9s %9s | %s\n", "block", "count", "kernel only", "agent", "ratio",

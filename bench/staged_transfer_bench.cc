@@ -36,7 +36,7 @@ constexpr int kStrideCount = 4;
 
 /// One process's agent: a GPU pool and a host pool for every stride.
 struct Side {
-  Gpu gpu;
+  BenchGpu gpu;
   std::vector<uint64_t> host;
   std::unique_ptr<Agent> agent;
   PoolId pools[2][kStrideCount];

@@ -16,7 +16,7 @@
 #include "transfer/control.h"
 #include "transfer/copied_messages.h"
 #include "transfer/cuda/copy_engine.h"
-#include "transfer/cuda/driver.h"
+#include "transfer/cuda/device.h"
 #include "transfer/cuda/read_back.h"
 #include "transfer/wire.h"
 

@@ -5,28 +5,41 @@
 #include "transfer/cuda/copy_arguments.h"
 
 namespace baton::transfer::cuda {
+namespace {
+
+#ifdef BATON_CUDA_FATBIN
+asm(".pushsection .rodata, \"a\", @progbits\n"
+    ".balign 64\n"
+    ".hidden baton_transfer_cuda_fatbin\n"
+    ".global baton_transfer_cuda_fatbin\n"
+    "baton_transfer_cuda_fatbin:\n"
+    ".incbin \"" BATON_CUDA_FATBIN "\"\n"
+    ".balign 64\n"
+    ".popsection\n");
+extern "C" const char baton_transfer_cuda_fatbin[];
+const void* kernel_image() { return baton_transfer_cuda_fatbin; }
+bool has_kernels() { return true; }
+#else
+const void* kernel_image() {
+  alignas(64) static const char kNone[64] = "built without nvcc";
+  return kNone;
+}
+bool has_kernels() { return false; }
+#endif
+
+}  // namespace
 
 Result<std::shared_ptr<const Device>> Device::open(std::shared_ptr<const Driver> driver, int ordinal) {
   std::shared_ptr<Device> device(new Device(std::move(driver), ordinal));
   BATON_RETURN_IF_ERROR(device->init());
+  BATON_RETURN_IF_ERROR(device->load());
   return std::shared_ptr<const Device>(std::move(device));
 }
 
-Status Device::init() {
-  const Driver& cu = *driver_;
-  BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&handle_, ordinal_), fmt::format("cuDeviceGet({})", ordinal_)));
-  BATON_ASSIGN_OR_RETURN(uuid_, device_uuid(cu, ordinal_));
-  char model[128] = {};
-  char bus[32] = {};
-  BATON_RETURN_IF_ERROR(cu.check(cu.device_name(model, sizeof(model), handle_), "cuDeviceGetName"));
-  BATON_RETURN_IF_ERROR(cu.check(cu.device_pci_bus_id(bus, sizeof(bus), handle_), "cuDeviceGetPCIBusId"));
-  name_ = fmt::format("GPU {} ({}, {})", ordinal_, model, bus);
-  BATON_RETURN_IF_ERROR(cu.check(
-      cu.device_attribute(&multiprocessors_, kAttributeMultiprocessorCount, handle_), "cuDeviceGetAttribute"));
-  BATON_RETURN_IF_ERROR(cu.check(cu.primary_context_retain(&context_, handle_),
-                                 fmt::format("cuDevicePrimaryCtxRetain of {}", name_)));
+Status Device::load() {
+  const Driver& cu = driver();
   CurrentDevice current(*this);
-  Status loaded = cu.check(cu.module_load(&module_, kernel_image()), fmt::format("loading the copy kernel on {}", name_));
+  Status loaded = cu.check(cu.module_load(&module_, kernel_image()), fmt::format("loading the copy kernel on {}", name()));
   if (!loaded.ok() && !has_kernels()) {
     return unimplemented("this build has no CUDA kernels (nvcc was not found when it was built), so it cannot move GPU "
                          "memory");
@@ -36,124 +49,9 @@ Status Device::init() {
 }
 
 Device::~Device() {
-  if (context_ == nullptr) return;
-  if (module_ != nullptr) {
-    CurrentDevice current(*this);
-    (void)driver_->module_unload(module_);
-  }
-  (void)driver_->primary_context_release(handle_);
-}
-
-Result<std::string> device_uuid(const Driver& driver, int ordinal) {
-  CUdevice handle = 0;
-  CUuuid uuid{};
-  BATON_RETURN_IF_ERROR(driver.check(driver.device_get(&handle, ordinal), fmt::format("cuDeviceGet({})", ordinal)));
-  BATON_RETURN_IF_ERROR(driver.check(driver.device_uuid(&uuid, handle), "cuDeviceGetUuid"));
-  return std::string(uuid.bytes, sizeof(uuid.bytes));
-}
-
-Result<int> find_device(const Driver& driver, CUdeviceptr address) {
-  unsigned type = 0;
-  int ordinal = -1;
-  if (driver.pointer_attribute(&type, kPointerMemoryType, address) != kSuccess || type != kMemoryTypeDevice ||
-      driver.pointer_attribute(&ordinal, kPointerDeviceOrdinal, address) != kSuccess) {
-    return invalid_argument("{:#x} is not an address of GPU memory of this process", address);
-  }
-  return ordinal;
-}
-
-CurrentDevice::CurrentDevice(const Device& device) : driver_(device.driver()) {
-  (void)driver_.context_push(device.context());
-  (void)driver_.exchange_capture_mode(&capture_mode_);
-}
-
-CurrentDevice::~CurrentDevice() {
-  (void)driver_.exchange_capture_mode(&capture_mode_);
-  CUcontext context = nullptr;
-  (void)driver_.context_pop(&context);
-}
-
-Result<DeviceMemory> DeviceMemory::allocate(std::shared_ptr<const Device> device, size_t bytes) {
-  CurrentDevice current(*device);
-  DeviceMemory memory;
-  BATON_RETURN_IF_ERROR(device->driver().check(device->driver().memory_alloc(&memory.memory_, bytes),
-                                               fmt::format("cuMemAlloc of {} bytes on {}", bytes, device->name())));
-  memory.bytes_ = bytes;
-  memory.device_ = std::move(device);
-  return memory;
-}
-
-DeviceMemory& DeviceMemory::operator=(DeviceMemory&& other) noexcept {
-  if (this == &other) return *this;
-  free();
-  device_ = std::exchange(other.device_, nullptr);
-  memory_ = std::exchange(other.memory_, 0);
-  bytes_ = std::exchange(other.bytes_, 0);
-  return *this;
-}
-
-void DeviceMemory::free() {
-  if (device_ == nullptr) return;
-  CurrentDevice current(*device_);
-  (void)device_->driver().memory_free(memory_);
-}
-
-Result<PinnedMemory> PinnedMemory::allocate(std::shared_ptr<const Device> device, size_t bytes) {
-  CurrentDevice current(*device);
-  const Driver& cu = device->driver();
-  void* data = nullptr;
-  BATON_RETURN_IF_ERROR(cu.check(cu.host_alloc(&data, bytes, kHostAllocPortable | kHostAllocDeviceMap),
-                                 fmt::format("cuMemHostAlloc of {} bytes", bytes)));
-  PinnedMemory memory;
-  memory.data_ = static_cast<std::byte*>(data);
-  memory.bytes_ = bytes;
-  memory.device_ = device;
-  BATON_RETURN_IF_ERROR(cu.check(cu.host_device_pointer(&memory.address_, data, 0), "cuMemHostGetDevicePointer"));
-  return memory;
-}
-
-PinnedMemory& PinnedMemory::operator=(PinnedMemory&& other) noexcept {
-  if (this == &other) return *this;
-  free();
-  device_ = std::exchange(other.device_, nullptr);
-  data_ = std::exchange(other.data_, nullptr);
-  address_ = std::exchange(other.address_, 0);
-  bytes_ = std::exchange(other.bytes_, 0);
-  return *this;
-}
-
-void PinnedMemory::free() {
-  if (device_ == nullptr) return;
-  CurrentDevice current(*device_);
-  (void)device_->driver().host_free(data_);
-}
-
-Result<PinnedRange> PinnedRange::pin(std::shared_ptr<const Device> device, std::span<std::byte> memory) {
-  CurrentDevice current(*device);
-  const Driver& cu = device->driver();
-  BATON_RETURN_IF_ERROR(cu.check(cu.host_register(memory.data(), memory.size(), kHostAllocPortable | kHostAllocDeviceMap),
-                                 fmt::format("cuMemHostRegister of {} bytes", memory.size())));
-  PinnedRange range;
-  range.data_ = memory.data();
-  range.device_ = device;
-  BATON_RETURN_IF_ERROR(
-      cu.check(cu.host_device_pointer(&range.address_, memory.data(), 0), "cuMemHostGetDevicePointer"));
-  return range;
-}
-
-PinnedRange& PinnedRange::operator=(PinnedRange&& other) noexcept {
-  if (this == &other) return *this;
-  unpin();
-  device_ = std::exchange(other.device_, nullptr);
-  data_ = std::exchange(other.data_, nullptr);
-  address_ = std::exchange(other.address_, 0);
-  return *this;
-}
-
-void PinnedRange::unpin() {
-  if (device_ == nullptr) return;
-  CurrentDevice current(*device_);
-  (void)device_->driver().host_unregister(data_);
+  if (module_ == nullptr) return;
+  CurrentDevice current(*this);
+  (void)driver().module_unload(module_);
 }
 
 }  // namespace baton::transfer::cuda

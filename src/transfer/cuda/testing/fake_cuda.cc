@@ -21,16 +21,17 @@
 #include <thread>
 
 #include "transfer/cuda/copy_arguments.h"
-#include "transfer/cuda/driver.h"
+#include "base/cuda/driver.h"
 
+using namespace baton::cuda;
 using namespace baton::transfer::cuda;
 
-struct baton::transfer::cuda::CUctx_st {
+struct baton::cuda::CUctx_st {
   int device;
 };
-struct baton::transfer::cuda::CUmod_st {};
-struct baton::transfer::cuda::CUfunc_st {};
-struct baton::transfer::cuda::CUevent_st {
+struct baton::cuda::CUmod_st {};
+struct baton::cuda::CUfunc_st {};
+struct baton::cuda::CUevent_st {
   std::atomic<bool> reached{true};
 };
 
@@ -101,7 +102,7 @@ void copy(const CopyArguments& a) {
 
 }  // namespace
 
-struct baton::transfer::cuda::CUstream_st {
+struct baton::cuda::CUstream_st {
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<std::function<void()>> queue;

@@ -7,9 +7,9 @@
 
 #include "base/status.h"
 
-/// The part of CUDA's driver API that the transfer library uses, found at run time: one binary runs with and without
+/// The part of CUDA's driver API that Baton uses, found at run time: one binary runs with and without
 /// a GPU, and is built with and without CUDA's headers. The declarations are those of cuda.h (ABI of CUDA 11.4 and later).
-namespace baton::transfer::cuda {
+namespace baton::cuda {
 
 using CUresult = int;
 using CUdevice = int;
@@ -19,6 +19,8 @@ using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
 using CUevent = struct CUevent_st*;
+using CUgraph = struct CUgraph_st*;
+using CUgraphExec = struct CUgraphExec_st*;
 struct CUipcMemHandle {
   char bytes[64];
 };
@@ -35,7 +37,10 @@ inline constexpr unsigned kMemoryTypeDevice = 2;
 inline constexpr unsigned kHostAllocPortable = 1, kHostAllocDeviceMap = 2;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kIpcLazyEnablePeerAccess = 1;
-inline constexpr int kCaptureModeRelaxed = 2;
+inline constexpr int kAttributeComputeMajor = 75, kAttributeComputeMinor = 76;
+inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
+inline constexpr unsigned kEventDefault = 0, kEventDisableTiming = 2;
+inline constexpr int kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2;
 
 // name of the member, exported symbol, parameters
 #define BATON_CUDA_FUNCTIONS(X)                                                                                   \
@@ -88,6 +93,21 @@ inline constexpr int kCaptureModeRelaxed = 2;
     (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,  \
      unsigned block_z, unsigned shared_bytes, CUstream stream, void** parameters, void** extra))
 
+// What computing needs besides; transfers work without.
+#define BATON_CUDA_COMPUTE_FUNCTIONS(X)                                                                           \
+  X(memory_info, cuMemGetInfo_v2, (size_t * free_bytes, size_t* total_bytes))                                     \
+  X(memory_set_async, cuMemsetD8Async, (CUdeviceptr memory, unsigned char value, size_t bytes, CUstream stream))  \
+  X(stream_wait_event, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags))                       \
+  X(event_synchronize, cuEventSynchronize, (CUevent event))                                                       \
+  X(event_elapsed_ms, cuEventElapsedTime, (float* ms, CUevent from, CUevent to))                                  \
+  X(function_set_attribute, cuFuncSetAttribute, (CUfunction function, int attribute, int value))                  \
+  X(capture_begin, cuStreamBeginCapture_v2, (CUstream stream, int mode))                                          \
+  X(capture_end, cuStreamEndCapture, (CUstream stream, CUgraph* graph))                                           \
+  X(graph_instantiate, cuGraphInstantiateWithFlags, (CUgraphExec * exec, CUgraph graph, unsigned long long flags)) \
+  X(graph_launch, cuGraphLaunch, (CUgraphExec exec, CUstream stream))                                             \
+  X(graph_exec_destroy, cuGraphExecDestroy, (CUgraphExec exec))                                                   \
+  X(graph_destroy, cuGraphDestroy, (CUgraph graph))
+
 /// The functions of one libcuda. Immutable once loaded; safe from any thread. The library is never unloaded: its
 /// threads and its state at exit do not survive that.
 class Driver {
@@ -98,18 +118,15 @@ class Driver {
 
 #define BATON_CUDA_MEMBER(member, symbol, parameters) CUresult(*member) parameters = nullptr;
   BATON_CUDA_FUNCTIONS(BATON_CUDA_MEMBER)
+  BATON_CUDA_COMPUTE_FUNCTIONS(BATON_CUDA_MEMBER)
 #undef BATON_CUDA_MEMBER
 
   int version = 0;  ///< 13000: CUDA 13.0
   int devices = 0;
+  bool can_compute = false;  ///< all of BATON_CUDA_COMPUTE_FUNCTIONS were found
 
   /// ok, or an error that names the call: "cuMemAlloc of 64 bytes: CUDA_ERROR_OUT_OF_MEMORY (out of memory)".
   Status check(CUresult result, std::string_view call) const;
 };
 
-/// The kernels of this library for all architectures that it was built for (a fatbin), or a placeholder.
-const void* kernel_image();
-/// False when the library was built without nvcc: then no driver will take kernel_image().
-bool has_kernels();
-
-}  // namespace baton::transfer::cuda
+}  // namespace baton::cuda

@@ -1,10 +1,8 @@
-#include "transfer/cuda/driver.h"
+#include "base/cuda/driver.h"
 
 #include <dlfcn.h>
 
-#include "transfer/cuda/copy_arguments.h"
-
-namespace baton::transfer::cuda {
+namespace baton::cuda {
 
 Result<std::shared_ptr<const Driver>> Driver::load(const std::string& path) {
   const std::string name = path.empty() ? "libcuda.so.1" : path;
@@ -18,6 +16,12 @@ Result<std::shared_ptr<const Driver>> Driver::load(const std::string& path) {
   }
   BATON_CUDA_FUNCTIONS(BATON_CUDA_LOAD)
 #undef BATON_CUDA_LOAD
+  driver->can_compute = true;
+#define BATON_CUDA_FIND(member, symbol, parameters)                                                                \
+  driver->member = reinterpret_cast<decltype(driver->member)>(::dlsym(library, #symbol));                          \
+  driver->can_compute &= driver->member != nullptr;
+  BATON_CUDA_COMPUTE_FUNCTIONS(BATON_CUDA_FIND)
+#undef BATON_CUDA_FIND
   BATON_RETURN_IF_ERROR(driver->check(driver->init(0), "cuInit"));
   BATON_RETURN_IF_ERROR(driver->check(driver->driver_version(&driver->version), "cuDriverGetVersion"));
   BATON_RETURN_IF_ERROR(driver->check(driver->device_count(&driver->devices), "cuDeviceGetCount"));
@@ -35,24 +39,4 @@ Status Driver::check(CUresult result, std::string_view call) const {
                      text != nullptr ? text : "no text");
 }
 
-#ifdef BATON_CUDA_FATBIN
-asm(".pushsection .rodata, \"a\", @progbits\n"
-    ".balign 64\n"
-    ".hidden baton_transfer_cuda_fatbin\n"
-    ".global baton_transfer_cuda_fatbin\n"
-    "baton_transfer_cuda_fatbin:\n"
-    ".incbin \"" BATON_CUDA_FATBIN "\"\n"
-    ".balign 64\n"
-    ".popsection\n");
-extern "C" const char baton_transfer_cuda_fatbin[];
-const void* kernel_image() { return baton_transfer_cuda_fatbin; }
-bool has_kernels() { return true; }
-#else
-const void* kernel_image() {
-  alignas(64) static const char kNone[64] = "built without nvcc";
-  return kNone;
-}
-bool has_kernels() { return false; }
-#endif
-
-}  // namespace baton::transfer::cuda
+}  // namespace baton::cuda
