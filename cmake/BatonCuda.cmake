@@ -17,7 +17,7 @@ endif()
 
 # baton_fatbin(OUTPUT copy.fatbin SOURCE copy.cu DEPENDS a.h EMBED_IN driver.cc DEFINITION BATON_COPY_FATBIN)
 #   Code for A100 and H100/H200, and PTX for what comes after; the source that embeds the file (.incbin) gets its path as
-#   a string. Nothing happens without nvcc.
+#   a string; one source may embed several. Nothing happens without nvcc.
 function(baton_fatbin)
   cmake_parse_arguments(ARG "" "OUTPUT;SOURCE;EMBED_IN;DEFINITION" "DEPENDS" ${ARGN})
   if(NOT BATON_NVCC)
@@ -27,10 +27,10 @@ function(baton_fatbin)
   set(source ${CMAKE_CURRENT_SOURCE_DIR}/${ARG_SOURCE})
   list(TRANSFORM ARG_DEPENDS PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
   add_custom_command(OUTPUT ${output}
-    COMMAND ${BATON_NVCC} -std=c++17 -O3 -fatbin
+    COMMAND ${BATON_NVCC} -std=c++17 -O3 -fatbin -I${PROJECT_SOURCE_DIR}/src
             -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
             -gencode arch=compute_90,code=compute_90 -o ${output} ${source}
     DEPENDS ${source} ${ARG_DEPENDS} COMMENT "nvcc ${ARG_SOURCE}" VERBATIM)
-  set_source_files_properties(${ARG_EMBED_IN} PROPERTIES
-    COMPILE_DEFINITIONS "${ARG_DEFINITION}=\"${output}\"" OBJECT_DEPENDS ${output})
+  set_property(SOURCE ${ARG_EMBED_IN} APPEND PROPERTY COMPILE_DEFINITIONS "${ARG_DEFINITION}=\"${output}\"")
+  set_property(SOURCE ${ARG_EMBED_IN} APPEND PROPERTY OBJECT_DEPENDS ${output})
 endfunction()

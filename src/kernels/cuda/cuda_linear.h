@@ -1,0 +1,45 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "base/cuda/gpu.h"
+#include "base/status.h"
+#include "tensor/dtype.h"
+
+/// Matrix products on a GPU: cuBLASLt, found at run time, and kernels of our own where few rows make it a matter of reading
+/// the weights.
+namespace baton::cuda {
+
+/// What a product writes.
+enum class LinearOutput : uint8_t {
+  kBf16,          ///< y bf16, overwritten
+  kFloat,         ///< y float32, overwritten
+  kAddFloat,      ///< y float32 += (the residual stream)
+};
+
+struct LinearShape {
+  int64_t rows = 0;
+  int64_t out_features = 0;
+  int64_t in_features = 0;
+  LinearOutput output = LinearOutput::kBf16;
+};
+
+class CudaLinear {
+ public:
+  /// `library`: path of libcublasLt; empty: libcublasLt.so.13 or .12 as the loader finds them. unavailable: there is none, or
+  /// it refuses.
+  static Result<std::unique_ptr<CudaLinear>> create(std::shared_ptr<const Gpu> gpu, const std::string& library);
+  virtual ~CudaLinear() = default;
+
+  /// Chooses how a shape is computed and keeps the choice; product() does it by itself when it was not done before. To be
+  /// called before a stream is captured.
+  virtual Status prepare(const LinearShape& shape) = 0;
+
+  /// y[m, :] = x[m, :] W^T. x [rows, in] bf16, weight [out, in] bf16 row-major, y [rows, out]; device memory, 16-byte aligned,
+  /// in_features and out_features multiples of 8. Sums are float32, in an order that depends on the shape only: the
+  /// same shape gives the same bits. Asynchronous on `stream`; may be captured when prepared. One thread at a time.
+  virtual Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) = 0;
+};
+
+}  // namespace baton::cuda
