@@ -38,7 +38,8 @@ Status resolve(EngineConfig* config, const Model& model, const BlockLayout& layo
       }
     } else {
       const int64_t useful = layout.tokens_to_blocks(config->max_model_len) * config->max_running;
-      config->kv_blocks = std::clamp<int64_t>(kDefaultKvBytes / block_bytes, 1, useful);
+      const int64_t spare = model.spare_kv_bytes();
+      config->kv_blocks = std::clamp<int64_t>((spare > 0 ? spare : kDefaultKvBytes) / block_bytes, 1, useful);
     }
   }
   BATON_RETURN_IF_ERROR(check_setting("kv_blocks", config->kv_blocks, 1,
@@ -80,9 +81,12 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineConfig config, Model& model
   BATON_RETURN_IF_ERROR(config.validate());
   BlockLayout layout = model.layout(config.block_tokens);
   BATON_RETURN_IF_ERROR(layout.validate());
+  BATON_RETURN_IF_ERROR(model.prepare({.rows = config.max_batched_tokens,
+                                       .sequences = config.max_running,
+                                       .sequence_tokens = config.max_model_len > 0 ? config.max_model_len : model.max_model_len(),
+                                       .block_tokens = config.block_tokens}));
   BATON_RETURN_IF_ERROR(resolve(&config, model, layout));
-  // Other workers write into it.
-  Result<MappedMemory> pool = MappedMemory::create_for_peers("baton-kv", static_cast<size_t>(config.kv_bytes));
+  Result<std::unique_ptr<Memory>> pool = model.allocate_kv(static_cast<size_t>(config.kv_bytes));
   if (!pool.ok()) {
     return pool.status().with_context(fmt::format("engine: KV pool of {} blocks", config.kv_blocks));
   }
@@ -90,7 +94,8 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineConfig config, Model& model
       std::make_unique<EngineImpl>(config, model, clock, std::move(layout), std::move(pool).value()));
 }
 
-EngineImpl::EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout, MappedMemory pool)
+EngineImpl::EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout,
+                       std::unique_ptr<Memory> pool)
     : config_(config),
       model_(model),
       clock_(clock),

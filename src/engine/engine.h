@@ -19,7 +19,8 @@ namespace baton {
 struct EngineConfig {
   int32_t block_tokens = 16;
   /// KV pool size; either in blocks or bytes (blocks win when both are set). Both 0: what max_running
-  /// sequences of full length need, at most 1 GiB. The memory is touched only as blocks are used.
+  /// sequences of full length need, at most what the model has to spare (a GPU's memory), or 1 GiB. The memory of a
+  /// host is touched only as blocks are used.
   int64_t kv_blocks = 0;
   int64_t kv_bytes = 0;
   /// Tokens computed per step over all sequences; longer prompts are cut into chunks. At least block_tokens.
@@ -44,7 +45,8 @@ struct EngineStats {
   int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0, preemptions = 0;
 };
 
-/// KV of a prefill_only request that is now complete in the pool: layer `layer` of the blocks
+/// KV of a prefill_only request that is now complete in the pool, or will be when `ready` is reached
+/// (ForwardBatch::layer_done): layer `layer` of the blocks
 /// table[first_block .. last_block) (indices into the block table).
 struct LayerReady {
   RequestId request{};
@@ -52,6 +54,7 @@ struct LayerReady {
   int32_t first_block = 0;
   int32_t last_block = 0;
   std::span<const BlockId> table;
+  std::shared_ptr<void> ready = {};
 };
 
 /// Token ids in, token ids out: continuous batching over one model on one device. No text, no sockets.
@@ -110,6 +113,8 @@ class Engine {
   virtual const BlockLayout& layout() const = 0;
   /// The memory of all blocks; block b starts at b * layout().block_bytes().
   virtual std::span<std::byte> kv_pool() const = 0;
+  /// Where that memory is.
+  virtual MemoryPlace kv_place() const = 0;
   virtual const EngineConfig& config() const = 0;
   virtual const Model& model() const = 0;
 };

@@ -6,13 +6,12 @@
 #include <unordered_map>
 #include <vector>
 
-#include "base/mapped_memory.h"
 #include "engine/batch.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
-#include "tensor/buffer.h"
+#include "tensor/memory.h"
 
 namespace baton {
 
@@ -20,7 +19,8 @@ namespace baton {
 class EngineImpl final : public Engine {
  public:
   /// `config` is resolved: kv_blocks and max_model_len are set. `pool` holds kv_blocks blocks of `layout`.
-  EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout, MappedMemory pool);
+  EngineImpl(const EngineConfig& config, Model& model, const Clock& clock, BlockLayout layout,
+             std::unique_ptr<Memory> pool);
 
   Status submit(Request request) override;
   void cancel(RequestId id) override;
@@ -37,7 +37,8 @@ class EngineImpl final : public Engine {
 
   EngineStats stats() const override;
   const BlockLayout& layout() const override { return layout_; }
-  std::span<std::byte> kv_pool() const override { return pool_.span(); }
+  std::span<std::byte> kv_pool() const override { return pool_->span(); }
+  MemoryPlace kv_place() const override { return pool_->place(); }
   const EngineConfig& config() const override { return config_; }
   const Model& model() const override { return model_; }
 
@@ -74,7 +75,9 @@ class EngineImpl final : public Engine {
   void dequeue(Sequence* sequence);
   void start_running(Sequence* sequence);
   void note_deadline(Deadline deadline) { next_deadline_ = std::min(next_deadline_, deadline); }
-  void notify_layer(int32_t layer, const Sequence& sequence, int32_t first_block, int32_t last_block) const;
+  void notify_layer(int32_t layer, const Sequence& sequence, int32_t first_block, int32_t last_block,
+                    const std::shared_ptr<void>& ready) const;
+  bool can_choose() const;
   int64_t blocks_of(int64_t tokens) const { return layout_.tokens_to_blocks(tokens); }
   int64_t blocks_for_waiting() const;
   Status ensure_logits(int32_t rows);
@@ -84,7 +87,7 @@ class EngineImpl final : public Engine {
   const Clock& clock_;
   const BlockLayout layout_;
   const int32_t max_sequences_;
-  MappedMemory pool_;
+  std::unique_ptr<Memory> pool_;
   BlockPool blocks_;
   Sampler sampler_;
 
@@ -108,7 +111,8 @@ class EngineImpl final : public Engine {
   std::vector<Work> work_;
   std::vector<Sequence*> picked_;
   Batch batch_;
-  Buffer logits_;
+  std::unique_ptr<Memory> logits_;
+  std::vector<int32_t> chosen_;
   int32_t logits_capacity_ = 0;      // rows
 };
 

@@ -36,8 +36,8 @@ StepOutput EngineImpl::step() {
   }
   // The logits of a big batch are memory that an idle worker should not hold.
   constexpr size_t kKeepBytes = size_t{32} << 20;
-  if (running_.empty() && logits_.bytes() > kKeepBytes) {
-    logits_ = Buffer();
+  if (running_.empty() && logits_ && logits_->span().size() > kKeepBytes) {
+    logits_ = nullptr;
     logits_capacity_ = 0;
   }
   in_step_ = false;
@@ -178,18 +178,20 @@ void EngineImpl::start_planned() {
     const Sequence& sequence = *work_[i].sequence;
     if (!sequence.prefill_only || sequence.computed == 0) continue;
     for (int32_t layer = 0; layer < layout_.layers; ++layer) {
-      notify_layer(layer, sequence, 0, sequence.computed / config_.block_tokens);
+      notify_layer(layer, sequence, 0, sequence.computed / config_.block_tokens, nullptr);
     }
   }
 }
 
-void EngineImpl::notify_layer(int32_t layer, const Sequence& sequence, int32_t first_block, int32_t last_block) const {
+void EngineImpl::notify_layer(int32_t layer, const Sequence& sequence, int32_t first_block, int32_t last_block,
+                              const std::shared_ptr<void>& ready) const {
   if (!layer_ready_) return;
   layer_ready_({.request = sequence.id,
                 .layer = layer,
                 .first_block = first_block,
                 .last_block = last_block,
-                .table = sequence.table});
+                .table = sequence.table,
+                .ready = ready});
 }
 
 void EngineImpl::build_batch() {
@@ -206,30 +208,49 @@ Status EngineImpl::ensure_logits(int32_t rows) {
   if (rows <= logits_capacity_) return {};
   const auto capacity = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(rows)));
   const size_t row_bytes = static_cast<size_t>(model_.config().vocab_size) * sizeof(float);
-  logits_ = Buffer();
+  logits_ = nullptr;  // first give back, then ask
   logits_capacity_ = 0;
-  BATON_ASSIGN_OR_RETURN(logits_, Buffer::allocate(static_cast<size_t>(capacity) * row_bytes));
+  BATON_ASSIGN_OR_RETURN(logits_, model_.allocate_logits(static_cast<size_t>(capacity) * row_bytes));
   logits_capacity_ = capacity;
   return {};
 }
 
 Status EngineImpl::compute() {
-  BATON_RETURN_IF_ERROR(ensure_logits(batch_.logit_rows()));
   ForwardBatch batch = batch_.view();
-  batch.kv_pool = pool_.data();
+  chosen_.clear();
+  if (can_choose()) {
+    chosen_.resize(static_cast<size_t>(batch_.logit_rows()));
+    batch.chosen = chosen_;
+  } else {
+    BATON_RETURN_IF_ERROR(ensure_logits(batch_.logit_rows()));
+  }
+  batch.kv_pool = pool_->span().data();
   batch.block_tokens = config_.block_tokens;
   const bool sends = layer_ready_ && std::ranges::any_of(work_, [](const Work& w) { return w.sequence->prefill_only; });
   if (sends) {
-    batch.layer_done = [this](int32_t layer) {
+    batch.layer_done = [this](int32_t layer, const std::shared_ptr<void>& ready) {
       for (const Work& work : work_) {
         const Sequence& sequence = *work.sequence;
         if (!sequence.prefill_only) continue;
         notify_layer(layer, sequence, sequence.computed / config_.block_tokens,
-                     static_cast<int32_t>(blocks_of(sequence.computed + work.rows)));
+                     static_cast<int32_t>(blocks_of(sequence.computed + work.rows)), ready);
       }
     };
   }
-  return model_.forward(batch, logits_.as<float>());
+  return model_.forward(batch, logits_ ? reinterpret_cast<float*>(logits_->span().data()) : nullptr);
+}
+
+/// When every row's token is the most likely one and nothing else is asked, the device can choose them: then no logits have
+/// to come to the host.
+bool EngineImpl::can_choose() const {
+  if (!model_.can_choose()) return false;
+  return std::ranges::all_of(work_, [](const Work& work) {
+    const SamplingParams& params = work.sequence->sampling;
+    return work.logits < 0 ||
+           (params.temperature == 0 && params.logprobs < 0 && params.logit_bias.empty() && params.presence_penalty == 0 &&
+            params.frequency_penalty == 0 && params.repetition_penalty == 1 &&
+            work.sequence->outputs() >= params.min_tokens);
+  });
 }
 
 void EngineImpl::finish_rows(StepOutput* out) {
@@ -250,13 +271,18 @@ void EngineImpl::publish(Sequence* sequence) {
 void EngineImpl::sample(const Work& work, StepOutput* out) {
   Sequence* sequence = work.sequence;
   const auto vocab_size = static_cast<size_t>(model_.config().vocab_size);
-  float* logits = logits_.as<float>() + static_cast<size_t>(work.logits) * vocab_size;
-  Result<SampledToken> sampled = sampler_.sample({logits, vocab_size},
-                                                 {.params = &sequence->sampling,
-                                                  .tokens = sequence->tokens,
-                                                  .prompt_tokens = static_cast<size_t>(sequence->prompt_tokens),
-                                                  .output_index = sequence->outputs(),
-                                                  .counts = &sequence->counts});
+  Result<SampledToken> sampled = SampledToken();
+  if (!chosen_.empty()) {
+    sampled->token = chosen_[static_cast<size_t>(work.logits)];
+    if (sampled->token < 0) sampled = internal_error("the model produced a NaN or an infinity");
+  } else {
+    float* logits = reinterpret_cast<float*>(logits_->span().data()) + static_cast<size_t>(work.logits) * vocab_size;
+    sampled = sampler_.sample({logits, vocab_size}, {.params = &sequence->sampling,
+                                                     .tokens = sequence->tokens,
+                                                     .prompt_tokens = static_cast<size_t>(sequence->prompt_tokens),
+                                                     .output_index = sequence->outputs(),
+                                                     .counts = &sequence->counts});
+  }
   if (!sampled.ok()) {
     fail(sequence, sampled.status(), out);
     return;

@@ -103,9 +103,9 @@ Status BlockLayout::validate() const {
 
 std::string BlockLayout::fingerprint() const {
   return fmt::format(
-      "{} version={} order=layer,kv,head,pairs dtype={} element_bytes={} layers={} kv_heads={} head_dim={} "
+      "{} version={} order=layer,kv,head,{} dtype={} element_bytes={} layers={} kv_heads={} head_dim={} "
       "block_tokens={} model={}",
-      kMagic, kVersion, escape(dtype), element_bytes, layers, kv_heads, head_dim, block_tokens, escape(model_id));
+      kMagic, kVersion, escape(order), escape(dtype), element_bytes, layers, kv_heads, head_dim, block_tokens, escape(model_id));
 }
 
 Status BlockLayout::check_compatible(const std::string& other_fingerprint) const {

@@ -10,7 +10,7 @@ namespace baton {
 /// How the KV cache of a model lies in memory. A block is `block_tokens` tokens of all layers, contiguous:
 ///   [layer][K|V][kv_head][tokens' vectors]
 /// so a whole block is one range, one layer of it is one range, and one head of it is a smaller one. The order inside a head is
-/// the kernels' (KvLayerView): K as [head_dim / 2][token][2], V as [token / 2][head_dim][2].
+/// the kernels': `order`.
 struct BlockLayout {
   static constexpr int kVersion = 2;  ///< 1 had [token][head_dim] in both
 
@@ -20,6 +20,7 @@ struct BlockLayout {
   int32_t head_dim = 0;
   int32_t block_tokens = 16;
   std::string dtype = "bf16";
+  std::string order = "pairs";  ///< inside a head: "pairs" (the CPU's kernels), "rows" ([token][head_dim], a GPU's)
   int32_t element_bytes = 2;
 
   int64_t plane_bytes() const {  ///< K or V of one layer

@@ -66,7 +66,8 @@ class Runner {
       logit_rows.resize(tokens.size());
       std::iota(logit_rows.begin(), logit_rows.end(), 0);
     }
-    ForwardBatch batch{tokens, slices, logit_rows, pool_.data(), kBlockTokens, std::move(layer_done)};
+    ForwardBatch batch{tokens, slices, logit_rows, pool_.data(), kBlockTokens, {}, {}};
+    if (layer_done) batch.layer_done = [&](int32_t layer, const std::shared_ptr<void>&) { layer_done(layer); };
     std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
     Status status = model_.forward(batch, logits.data());
     EXPECT_TRUE(status.ok()) << status.to_string();
@@ -247,7 +248,7 @@ TEST_P(Golden, NoLogitsWantedStillWritesTheCache) {
   ASSERT_EQ(blocks, without.allocate(prompt.size()));
   with.forward({{prompt, 0, &blocks}});
   std::vector<SequenceSlice> slices{{0, 33, 0, blocks.data()}};
-  ForwardBatch batch{prompt, slices, {}, without.pool(), kBlockTokens, {}};
+  ForwardBatch batch{prompt, slices, {}, without.pool(), kBlockTokens, {}, {}};
   ASSERT_TRUE(model_->forward(batch, nullptr).ok());
   EXPECT_EQ(0, std::memcmp(with.pool(), without.pool(), with.pool_bytes()));
 }
@@ -257,7 +258,7 @@ TEST_P(Golden, BadBatchesAreRefused) {
   std::vector<int32_t> blocks = runner.allocate(4), tokens{1, 2, 3, 4};
   std::vector<float> logits(4 * static_cast<size_t>(model_->config().vocab_size));
   auto message = [&](std::vector<int32_t> ids, std::vector<SequenceSlice> slices, std::vector<int32_t> rows) {
-    ForwardBatch batch{ids, slices, rows, runner.pool(), kBlockTokens, {}};
+    ForwardBatch batch{ids, slices, rows, runner.pool(), kBlockTokens, {}, {}};
     return model_->forward(batch, logits.data()).message();
   };
   const int32_t* table = blocks.data();

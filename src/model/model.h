@@ -12,6 +12,7 @@
 #include "kernels/kernels.h"
 #include "kv/block_layout.h"
 #include "model/model_config.h"
+#include "tensor/memory.h"
 
 namespace baton {
 
@@ -36,9 +37,21 @@ struct ForwardBatch {
   /// The KV pool: block b at pool + b * layout(block_tokens).block_bytes().
   std::byte* kv_pool = nullptr;
   int32_t block_tokens = 16;
-  /// Runs as soon as a layer's KV of the whole batch is written and final, before that layer's attention, so
-  /// that a push overlaps with the rest of the layer. On forward's thread; may be empty.
-  std::function<void(int32_t layer)> layer_done;
+  /// Runs as soon as a layer's KV of the whole batch is written, or will be, before that layer's attention, so that a push
+  /// overlaps with the rest of the layer. `ready` empty: it is written and final. Else its get() is a CUevent that is
+  /// reached when it is; whoever waits for it keeps it. On forward's thread; may be empty.
+  std::function<void(int32_t layer, const std::shared_ptr<void>& ready)> layer_done;
+  /// [logit_rows] or empty. Not empty: instead of logits the model writes the most likely token of every row (the first
+  /// of equals), -1 where a logit is NaN or +infinity. Only when it can_choose().
+  std::span<int32_t> chosen;
+};
+
+/// The largest batch that will come, for models that plan their memory once.
+struct BatchLimits {
+  int64_t rows = 0;
+  int64_t sequences = 0;
+  int64_t sequence_tokens = 0;  ///< of one sequence, prompt and output
+  int32_t block_tokens = 16;
 };
 
 /// A transformer with its weights on one device. One thread (the engine's) runs it.
@@ -54,8 +67,18 @@ class Model {
   virtual int64_t weight_bytes() const = 0;
   /// Positions at or above this are refused: max_model_len of the options, else the config's.
   virtual int32_t max_model_len() const { return config().max_position_embeddings; }
-  /// logits [logit_rows.size(), vocab_size] float32, caller's memory. Workspace grows with the largest batch.
+  /// logits [logit_rows.size(), vocab_size] float32, the caller's host memory (best of allocate_logits()). Workspace grows with
+  /// the largest batch.
   virtual Status forward(const ForwardBatch& batch, float* logits) = 0;
+  virtual bool can_choose() const { return false; }
+
+  /// Takes what batches up to `limits` need, so that no later one fails for want of memory. Optional.
+  virtual Status prepare(const BatchLimits&) { return {}; }
+  /// What is left for the KV pool after prepare(); 0: the model doesn't say.
+  virtual int64_t spare_kv_bytes() const { return 0; }
+  /// Memory for ForwardBatch::kv_pool, where the model computes.
+  virtual Result<std::unique_ptr<Memory>> allocate_kv(size_t bytes) { return allocate_host_memory("baton-kv", bytes); }
+  virtual Result<std::unique_ptr<Memory>> allocate_logits(size_t bytes) { return allocate_host_memory("baton-logits", bytes); }
 };
 
 }  // namespace baton

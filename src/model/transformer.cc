@@ -41,15 +41,15 @@ BlockLayout Transformer::layout(int32_t block_tokens) const {
   return layout;
 }
 
-Status Transformer::check(const ForwardBatch& batch, const float* logits) const {
+Status check_batch(const ModelConfig& config, int32_t max_model_len, const ForwardBatch& batch, const float* logits) {
   constexpr size_t kMaxRows = 1 << 20;
   if (batch.tokens.empty() || batch.tokens.size() > kMaxRows) {
     return invalid_argument("a batch of {} rows; it must be in [1, {}]", batch.tokens.size(), kMaxRows);
   }
   if (batch.kv_pool == nullptr || batch.block_tokens <= 0) return invalid_argument("a batch without a KV pool");
   for (int32_t token : batch.tokens) {
-    if (token < 0 || token >= config_.vocab_size) {
-      return invalid_argument("token id {} is not in [0, {})", token, config_.vocab_size);
+    if (token < 0 || token >= config.vocab_size) {
+      return invalid_argument("token id {} is not in [0, {})", token, config.vocab_size);
     }
   }
   int64_t row = 0;
@@ -59,9 +59,9 @@ Status Transformer::check(const ForwardBatch& batch, const float* logits) const 
                               slice.first_row, slice.start_pos, row);
     }
     row += slice.rows;
-    if (int64_t{slice.start_pos} + slice.rows > max_model_len_) {
+    if (int64_t{slice.start_pos} + slice.rows > max_model_len) {
       return invalid_argument("position {} is beyond the model's {}", int64_t{slice.start_pos} + slice.rows - 1,
-                              max_model_len_);
+                              max_model_len);
     }
   }
   const auto rows = static_cast<int64_t>(batch.tokens.size());
@@ -73,7 +73,10 @@ Status Transformer::check(const ForwardBatch& batch, const float* logits) const 
     }
     previous = logit_row;
   }
-  if (!batch.logit_rows.empty() && logits == nullptr) return invalid_argument("logits are wanted, but nowhere to put");
+  if (!batch.chosen.empty() && batch.chosen.size() != batch.logit_rows.size()) {
+    return invalid_argument("{} tokens to choose for {} rows", batch.chosen.size(), batch.logit_rows.size());
+  }
+  if (!batch.logit_rows.empty() && batch.chosen.empty() && logits == nullptr) return invalid_argument("logits are wanted, but nowhere to put");
   return {};
 }
 
@@ -115,7 +118,7 @@ void Transformer::write_kv(const DecoderLayer& layer, const ForwardBatch& batch,
   args.qkv = work_.qkv.as<float>();
   args.rows = static_cast<int32_t>(rows);
   args.heads = config_.heads;
-  args.bias = layer.qkv.bias_or_null();
+  args.bias = data_or_null(layer.qkv.bias);
   args.q_norm = data_or_null(layer.q_norm);
   args.k_norm = data_or_null(layer.k_norm);
   args.norm_eps = config_.rms_norm_eps;
@@ -136,7 +139,7 @@ void Transformer::attend(const DecoderLayer& layer, int32_t window, std::span<co
   args.sequences = sequences;
   args.kv = kv;
   kernels_.attention(args);
-  kernels_.linear(work_.attended.as<bf16>(), rows, *layer.o.weight, layer.o.bias_or_null(), /*accumulate=*/true,
+  kernels_.linear(work_.attended.as<bf16>(), rows, *layer.o.weight, data_or_null(layer.o.bias), /*accumulate=*/true,
                   work_.x.as<float>());
 }
 
@@ -147,9 +150,9 @@ void Transformer::mlp(const DecoderLayer& layer, int64_t rows) {
   for (int64_t row = 0; row < rows; row += kMlpRows) {
     const int64_t count = std::min(kMlpRows, rows - row);
     kernels_.linear(work_.normed.as<bf16>() + row * hidden, count, *layer.gate_up.weight,
-                    layer.gate_up.bias_or_null(), /*accumulate=*/false, work_.gate_up.as<float>());
+                    data_or_null(layer.gate_up.bias), /*accumulate=*/false, work_.gate_up.as<float>());
     kernels_.silu_mul(work_.gate_up.as<float>(), count, inter, work_.act.as<bf16>());
-    kernels_.linear(work_.act.as<bf16>(), count, *layer.down.weight, layer.down.bias_or_null(), /*accumulate=*/true,
+    kernels_.linear(work_.act.as<bf16>(), count, *layer.down.weight, data_or_null(layer.down.bias), /*accumulate=*/true,
                     work_.x.as<float>() + row * hidden);
   }
 }
@@ -183,7 +186,8 @@ void Transformer::keep_logit_rows(const ForwardBatch& batch) {
 }
 
 Status Transformer::forward(const ForwardBatch& batch, float* logits) {
-  BATON_RETURN_IF_ERROR(check(batch, logits));
+  BATON_RETURN_IF_ERROR(check_batch(config_, max_model_len_, batch, logits));
+  if (!batch.chosen.empty()) return invalid_argument("this model does not choose tokens");
   const auto rows = static_cast<int64_t>(batch.tokens.size());
   const auto logit_rows = static_cast<int64_t>(batch.logit_rows.size());
   BATON_RETURN_IF_ERROR(reserve(rows));
@@ -208,7 +212,7 @@ Status Transformer::forward(const ForwardBatch& batch, float* logits) {
     kv.v_offset_bytes = kv.k_offset_bytes + layout.plane_bytes();
     write_kv(layer, batch, kv);
     // Nothing after this touches the layer's KV: it can leave while attention and MLP are computed.
-    if (batch.layer_done) batch.layer_done(l);
+    if (batch.layer_done) batch.layer_done(l, nullptr);
     if (l + 1 < config_.layers) {
       attend(layer, config_.window_of(l), batch.sequences, rows, kv);
       mlp(layer, rows);

@@ -10,41 +10,22 @@
 #include "model/model.h"
 #include "model/rope.h"
 #include "model/weight_source.h"
+#include "model/weights_loader.h"
 #include "tensor/buffer.h"
 
 namespace baton {
 
-/// A projection: y = x W^T + bias. Several of a checkpoint may be stacked in one (q, k, v; gate, up).
-struct Linear {
-  std::unique_ptr<PackedMatrix> weight;
-  std::vector<float> bias;  // [out_features] or empty
-
-  const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
-};
-
-struct DecoderLayer {
-  std::vector<float> input_norm;           // [hidden]
-  Linear qkv;                              // [(heads + 2 * kv_heads) * head_dim, hidden]
-  std::vector<float> q_norm, k_norm;       // [head_dim] or empty
-  Linear o;                                // [hidden, heads * head_dim]
-  std::vector<float> post_attention_norm;  // [hidden]
-  Linear gate_up;                          // [2 * intermediate, hidden]
-  Linear down;                             // [hidden, intermediate]
-};
-
-struct TransformerWeights {
-  Buffer embed;                            // [vocab, hidden] bf16; empty when tied to lm_head
-  std::vector<DecoderLayer> layers;
-  std::vector<float> final_norm;           // [hidden]
-  std::unique_ptr<PackedMatrix> lm_head;   // [vocab, hidden]
-  int64_t bytes = 0;
-};
+using DecoderLayer = DecoderLayerWeights<std::vector<float>, std::unique_ptr<PackedMatrix>>;
+using TransformerWeights = DecoderWeights<std::vector<float>, std::unique_ptr<PackedMatrix>, Buffer>;
 
 /// Fetches and packs everything; each tensor is released before the next. Peak memory: the packed weights and one
 /// matrix.
 Result<TransformerWeights> load_transformer_weights(
     const ModelConfig& config, const TensorNames& names, WeightSource& source, Kernels& kernels,
     const std::function<void(int64_t done_bytes, int64_t total_bytes)>& progress);
+
+/// invalid_argument: `batch` is not one that a model of this shape can compute.
+Status check_batch(const ModelConfig& config, int32_t max_model_len, const ForwardBatch& batch, const float* logits);
 
 /// The decoder that all our architectures are variants of. Pre-norm residual blocks:
 ///   x += o(attention(rope(norm(qkv(norm(x))))));  x += down(silu(gate(norm(x))) * up(norm(x)))
@@ -71,7 +52,6 @@ class Transformer final : public Model {
     Buffer act;      // [mlp rows, intermediate] bf16
   };
 
-  Status check(const ForwardBatch& batch, const float* logits) const;
   Status reserve(int64_t rows);
   void embed(const ForwardBatch& batch);
   void write_kv(const DecoderLayer& layer, const ForwardBatch& batch, const KvLayerView& kv);

@@ -19,6 +19,9 @@ struct WeightView {
   DType dtype = DType::kBF16;
 };
 
+/// Values [begin, end) of a tensor, as bf16 (nearest even), to out[0, end - begin).
+void to_bf16(const WeightView& view, int64_t begin, int64_t end, bf16* out);
+
 /// What a generator should put where a checkpoint would have trained values.
 struct WeightInit {
   float mean = 0.0f;

@@ -173,6 +173,7 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
   write.length_bytes = static_cast<uint64_t>(layout.layer_bytes());
   write.tag = handoff.tag;
   write.deadline = handoff.deadline;
+  write.after = ready.ready.get();
   uint32_t index = static_cast<uint32_t>(handoff.writes.size());
   {
     std::lock_guard lock(handoff.delivery->mutex);
@@ -180,7 +181,7 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
   }
   auto written = handoff.peer->link->write(
       std::move(write), [mailbox = context_.mailbox, delivery = handoff.delivery, clock = &context_.clock,
-                         id = handoff.id, index](const Status& status) {
+                         id = handoff.id, index, event = ready.ready](const Status& status) {
         {
           std::lock_guard lock(delivery->mutex);
           --delivery->pending;

@@ -73,7 +73,7 @@ class FakeModel final : public Model {
           }
         }
       }
-      if (batch.layer_done) batch.layer_done(layer);
+      if (batch.layer_done) batch.layer_done(layer, nullptr);
     }
     size_t out = 0;
     for (int32_t row : batch.logit_rows) {

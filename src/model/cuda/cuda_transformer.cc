@@ -1,0 +1,400 @@
+#include "model/cuda/cuda_transformer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/log.h"
+#include "model/model_files.h"
+#include "model/transformer.h"
+
+namespace baton {
+
+using cuda::CUdeviceptr;
+using cuda::CurrentDevice;
+using cuda::LinearOutput;
+
+namespace {
+
+/// Decode batches beyond this are launched kernel by kernel: launching hides behind computing by then.
+constexpr int32_t kMaxGraphRows = 256;
+constexpr int64_t kAlignment = 256;
+
+/// The size of graph that a batch of `rows` runs in.
+int32_t graph_rows(int32_t rows) {
+  if (rows <= 2) return rows;
+  if (rows <= 4) return 4;
+  const int32_t step = rows <= 64 ? 8 : rows <= 128 ? 16 : 32;
+  return (rows + step - 1) / step * step;
+}
+
+CUdeviceptr address_of(const void* device) { return reinterpret_cast<CUdeviceptr>(device); }
+
+class CudaKvMemory final : public Memory {
+ public:
+  explicit CudaKvMemory(cuda::DeviceMemory memory) : memory_(std::move(memory)) {}
+  std::span<std::byte> span() const override { return memory_.span(); }
+  MemoryPlace place() const override { return MemoryPlace::kCuda; }
+
+ private:
+  cuda::DeviceMemory memory_;
+};
+
+class PinnedHostMemory final : public Memory {
+ public:
+  explicit PinnedHostMemory(cuda::PinnedMemory memory) : memory_(std::move(memory)) {}
+  std::span<std::byte> span() const override { return {memory_.data(), memory_.bytes()}; }
+  MemoryPlace place() const override { return MemoryPlace::kHost; }
+
+ private:
+  cuda::PinnedMemory memory_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<CudaTransformer>> CudaTransformer::create(Parts parts, const RopeTables& rope) {
+  std::unique_ptr<CudaTransformer> model(new CudaTransformer(std::move(parts)));
+  BATON_RETURN_IF_ERROR(model->init(rope));
+  return model;
+}
+
+Status CudaTransformer::init(const RopeTables& rope) {
+  CurrentDevice current(*parts_.gpu);
+  const cuda::Driver& cu = parts_.gpu->driver();
+  BATON_RETURN_IF_ERROR(check(cu.stream_create(&stream_, cuda::kStreamNonBlocking, 0), "cuStreamCreate"));
+  events_ = std::make_shared<EventPool>(parts_.gpu);
+  const size_t plane_bytes = static_cast<size_t>(parts_.max_model_len) * static_cast<size_t>(config_.head_dim / 2) * sizeof(float);
+  BATON_ASSIGN_OR_RETURN(rope_, cuda::DeviceMemory::allocate(parts_.gpu, 2 * plane_bytes));
+  const RopeTable table = rope.view();
+  BATON_RETURN_IF_ERROR(check(cu.copy_to_device(rope_.address(), table.cos, plane_bytes), "sending the RoPE table"));
+  return check(cu.copy_to_device(rope_.address() + plane_bytes, table.sin, plane_bytes), "sending the RoPE table");
+}
+
+CudaTransformer::~CudaTransformer() {
+  if (stream_ == nullptr) return;
+  CurrentDevice current(*parts_.gpu);
+  (void)parts_.gpu->driver().stream_synchronize(stream_);
+  drop_graphs();
+  (void)parts_.gpu->driver().stream_destroy(stream_);
+}
+
+BlockLayout CudaTransformer::layout(int32_t block_tokens) const {
+  BlockLayout layout;
+  layout.model_id = parts_.model_id;
+  layout.layers = config_.layers;
+  layout.kv_heads = config_.kv_heads;
+  layout.head_dim = config_.head_dim;
+  layout.block_tokens = block_tokens;
+  layout.order = "rows";
+  return layout;
+}
+
+// -- Memory. -----------------------------------------------------------------------------------------------------------
+
+Status CudaTransformer::prepare(const BatchLimits& limits) {
+  BATON_RETURN_IF_ERROR(parts_.kernels->validate_attention_shape(config_.heads, config_.kv_heads, config_.head_dim,
+                                                                 limits.block_tokens));
+  const int64_t tile = parts_.kernels->prefill_tile_tokens(config_.heads, config_.kv_heads, config_.head_dim);
+  const int64_t blocks = (limits.sequence_tokens + limits.block_tokens - 1) / limits.block_tokens;
+  const int64_t sequences = std::min(limits.sequences, limits.rows);
+  return reserve({.rows = limits.rows,
+                  .sequences = sequences,
+                  .logit_rows = sequences,
+                  .table_entries = sequences * blocks,
+                  .tiles = limits.rows / tile + sequences});
+}
+
+Status CudaTransformer::reserve(const StepCapacity& needed) {
+  if (capacity_.holds(needed)) return {};
+  StepCapacity now = {.rows = std::max(needed.rows, capacity_.rows),
+                      .sequences = std::max(needed.sequences, capacity_.sequences),
+                      .logit_rows = std::max(needed.logit_rows, capacity_.logit_rows),
+                      .table_entries = std::max(needed.table_entries, capacity_.table_entries),
+                      .tiles = std::max(needed.tiles, capacity_.tiles)};
+  CurrentDevice current(*parts_.gpu);
+  BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().stream_synchronize(stream_), "cuStreamSynchronize"));
+  drop_graphs();
+  capacity_ = {};
+  memory_ = {};
+  mixed_step_ = {};
+  decode_step_ = {};
+
+  const int64_t hidden = config_.hidden_size, inter = config_.intermediate_size;
+  const int64_t q = int64_t{config_.heads} * config_.head_dim, kv = int64_t{config_.kv_heads} * config_.head_dim;
+  // A graph is padded to its size.
+  const int64_t rows = std::max<int64_t>(now.rows, graph_rows(static_cast<int32_t>(std::min<int64_t>(now.sequences, kMaxGraphRows))));
+  const int64_t logit_rows = std::max<int64_t>(now.logit_rows, graph_rows(static_cast<int32_t>(std::min<int64_t>(now.logit_rows, kMaxGraphRows))));
+  const int64_t most_sequences = std::max(logit_rows, std::max<int64_t>(now.sequences, 1));
+  const size_t decode_bytes = parts_.kernels->decode_workspace_bytes(static_cast<int32_t>(most_sequences), config_.heads, config_.head_dim);
+  constexpr int64_t kHalf = sizeof(bf16), kFloat = sizeof(float);
+
+  size_t bytes = 0;
+  const auto place = [&](auto** pointer, int64_t size) {
+    *pointer = reinterpret_cast<std::remove_reference_t<decltype(*pointer)>>(memory_.address() + bytes);
+    bytes += static_cast<size_t>((size + kAlignment - 1) / kAlignment * kAlignment);
+  };
+  const auto place_all = [&] {
+    bytes = 0;
+    std::byte* decode = nullptr;
+    work_.rows = rows;
+    work_.logit_rows = logit_rows;
+    place(&work_.x, rows * hidden * kFloat);
+    place(&work_.normed, rows * hidden * kHalf);
+    place(&work_.qkv, rows * (q + 2 * kv) * kHalf);
+    place(&work_.q, rows * q * kHalf);
+    place(&work_.attended, rows * q * kHalf);
+    place(&work_.gate_up, rows * 2 * inter * kHalf);
+    place(&work_.act, rows * inter * kHalf);
+    place(&work_.kept_x, logit_rows * hidden * kFloat);
+    place(&work_.kept_q, logit_rows * q * kHalf);
+    place(&work_.logits, logit_rows * config_.vocab_size * kFloat);
+    place(&work_.chosen, logit_rows * static_cast<int64_t>(sizeof(int32_t)));
+    place(&decode, static_cast<int64_t>(decode_bytes));
+    work_.decode = address_of(decode);
+  };
+  place_all();
+  auto memory = cuda::DeviceMemory::allocate(parts_.gpu, bytes);
+  if (!memory.ok()) {
+    return memory.status().with_context(fmt::format("workspace for {} tokens a step; a smaller --max-batched-tokens needs less", rows));
+  }
+  memory_ = std::move(memory).value();
+  place_all();
+  BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().memory_set(memory_.address(), 0, bytes), "cuMemset"));
+  BATON_ASSIGN_OR_RETURN(chosen_, cuda::PinnedMemory::allocate(parts_.gpu, static_cast<size_t>(logit_rows) * sizeof(int32_t)));
+  BATON_ASSIGN_OR_RETURN(mixed_step_, StepBuffer::create(parts_.gpu, now));
+  const int64_t decode_rows = graph_rows(static_cast<int32_t>(std::min<int64_t>(now.sequences, kMaxGraphRows)));
+  BATON_ASSIGN_OR_RETURN(decode_step_, StepBuffer::create(parts_.gpu, {.rows = decode_rows,
+                                                                       .sequences = decode_rows,
+                                                                       .logit_rows = decode_rows,
+                                                                       .table_entries = now.table_entries,
+                                                                       .tiles = 1}));
+  capacity_ = now;
+  return {};
+}
+
+int64_t CudaTransformer::spare_kv_bytes() const {
+  CurrentDevice current(*parts_.gpu);
+  size_t free_bytes = 0, total_bytes = 0;
+  if (!check(parts_.gpu->driver().memory_info(&free_bytes, &total_bytes), "cuMemGetInfo").ok()) return 0;
+  const double used = static_cast<double>(total_bytes - free_bytes);
+  return static_cast<int64_t>(std::max(0.0, static_cast<double>(total_bytes) * parts_.memory_utilization - used));
+}
+
+Result<std::unique_ptr<Memory>> CudaTransformer::allocate_kv(size_t bytes) {
+  BATON_ASSIGN_OR_RETURN(cuda::DeviceMemory memory, cuda::DeviceMemory::allocate(parts_.gpu, bytes));
+  CurrentDevice current(*parts_.gpu);
+  BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().memory_set(memory.address(), 0, bytes), "cuMemset"));
+  return std::unique_ptr<Memory>(std::make_unique<CudaKvMemory>(std::move(memory)));
+}
+
+Result<std::unique_ptr<Memory>> CudaTransformer::allocate_logits(size_t bytes) {
+  BATON_ASSIGN_OR_RETURN(cuda::PinnedMemory memory, cuda::PinnedMemory::allocate(parts_.gpu, bytes));
+  return std::unique_ptr<Memory>(std::make_unique<PinnedHostMemory>(std::move(memory)));
+}
+
+// -- A step. -----------------------------------------------------------------------------------------------------------
+
+Status CudaTransformer::forward(const ForwardBatch& batch, float* logits) {
+  BATON_RETURN_IF_ERROR(check_batch(config_, parts_.max_model_len, batch, logits));
+  if (batch.block_tokens % 8 != 0) return invalid_argument("blocks of {} tokens; on a GPU it must be a multiple of 8", batch.block_tokens);
+  CurrentDevice current(*parts_.gpu);
+  const int32_t tile = parts_.kernels->prefill_tile_tokens(config_.heads, config_.kv_heads, config_.head_dim);
+  BATON_RETURN_IF_ERROR(reserve(StepBuffer::measure(batch, tile)));
+  if (is_decode(batch)) {
+    BATON_RETURN_IF_ERROR(decode_step(batch));
+  } else {
+    const StepPlan plan = mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile);
+    BATON_RETURN_IF_ERROR(mixed_step_.send(stream_));
+    BATON_RETURN_IF_ERROR(launch(plan, batch));
+  }
+  return fetch(batch, logits);
+}
+
+bool CudaTransformer::is_decode(const ForwardBatch& batch) const {
+  return batch.sequences.size() == batch.tokens.size() && batch.logit_rows.size() == batch.tokens.size() &&
+         batch.tokens.size() <= kMaxGraphRows && !batch.layer_done;
+}
+
+Status CudaTransformer::decode_step(const ForwardBatch& batch) {
+  if (graphs_pool_ != batch.kv_pool || graphs_block_tokens_ != batch.block_tokens) {
+    drop_graphs();
+    graphs_pool_ = batch.kv_pool;
+    graphs_block_tokens_ = batch.block_tokens;
+  }
+  const StepPlan plan = decode_step_.build(batch, graph_rows(static_cast<int32_t>(batch.tokens.size())), 1);
+  BATON_RETURN_IF_ERROR(decode_step_.send(stream_));
+  BATON_ASSIGN_OR_RETURN(cuda::CUgraphExec exec, decode_graph(plan, batch));
+  return check(parts_.gpu->driver().graph_launch(exec, stream_), "cuGraphLaunch");
+}
+
+Result<cuda::CUgraphExec> CudaTransformer::decode_graph(const StepPlan& plan, const ForwardBatch& batch) {
+  Graph& graph = graphs_[plan.step.rows];
+  if (graph.exec != nullptr) return graph.exec;
+  const cuda::Driver& cu = parts_.gpu->driver();
+  // Everything once outside of the capture: what is chosen and loaded at first use.
+  BATON_RETURN_IF_ERROR(launch(plan, batch));
+  BATON_RETURN_IF_ERROR(check(cu.stream_synchronize(stream_), "a decode step"));
+  BATON_RETURN_IF_ERROR(check(cu.capture_begin(stream_, cuda::kCaptureModeThreadLocal), "cuStreamBeginCapture"));
+  const Status launched = launch(plan, batch);
+  cuda::CUgraph captured = nullptr;
+  const Status ended = check(cu.capture_end(stream_, &captured), "cuStreamEndCapture");
+  BATON_RETURN_IF_ERROR(launched);
+  BATON_RETURN_IF_ERROR(ended);
+  const Status made = check(cu.graph_instantiate(&graph.exec, captured, 0), "cuGraphInstantiate");
+  (void)cu.graph_destroy(captured);
+  if (!made.ok()) graph.exec = nullptr;
+  BATON_RETURN_IF_ERROR(made);
+  return graph.exec;
+}
+
+void CudaTransformer::drop_graphs() {
+  for (auto& [rows, graph] : graphs_) {
+    if (graph.exec != nullptr) (void)parts_.gpu->driver().graph_exec_destroy(graph.exec);
+  }
+  graphs_.clear();
+  graphs_pool_ = nullptr;
+}
+
+Status CudaTransformer::product(const CudaMatrix& weight, int64_t rows, LinearOutput output, const bf16* x, void* y) {
+  return parts_.linear->product(stream_, {rows, weight.out_features, weight.in_features, output}, x, weight.data, y);
+}
+
+Status CudaTransformer::attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv) {
+  if (plan.decodes) {
+    BATON_RETURN_IF_ERROR(parts_.kernels->attention_decode(stream_, plan.step, 0, plan.step.sequences_count, args, kv, work_.decode));
+  }
+  if (plan.tile_count == 0) return {};
+  return parts_.kernels->attention_prefill(stream_, plan.step, plan.tiles, plan.tile_count, args, kv);
+}
+
+Status CudaTransformer::mlp(const CudaLayer& layer, float* x, int64_t rows) {
+  BATON_RETURN_IF_ERROR(parts_.kernels->rms_norm(stream_, x, rows, config_.hidden_size, layer.post_attention_norm.data,
+                                                 config_.rms_norm_eps, work_.normed));
+  BATON_RETURN_IF_ERROR(product(layer.gate_up.weight, rows, LinearOutput::kBf16, work_.normed, work_.gate_up));
+  BATON_RETURN_IF_ERROR(parts_.kernels->silu_mul(stream_, work_.gate_up, layer.gate_up.bias.data, rows,
+                                                 config_.intermediate_size, work_.act));
+  BATON_RETURN_IF_ERROR(product(layer.down.weight, rows, LinearOutput::kAddFloat, work_.act, x));
+  if (layer.down.bias.data == nullptr) return {};
+  return parts_.kernels->add_bias(stream_, x, rows, config_.hidden_size, layer.down.bias.data);
+}
+
+Status CudaTransformer::head(const float* x, int64_t rows) {
+  BATON_RETURN_IF_ERROR(parts_.kernels->rms_norm(stream_, x, rows, config_.hidden_size, parts_.weights.final_norm.data,
+                                                 config_.rms_norm_eps, work_.normed));
+  BATON_RETURN_IF_ERROR(product(parts_.weights.lm_head, rows, LinearOutput::kFloat, work_.normed, work_.logits));
+  return parts_.kernels->argmax(stream_, work_.logits, rows, config_.vocab_size, work_.chosen);
+}
+
+Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) {
+  cuda::CudaKernels& kernels = *parts_.kernels;
+  const int64_t rows = plan.step.rows;
+  const BlockLayout layout = this->layout(batch.block_tokens);
+  cuda::DeviceKv kv{reinterpret_cast<unsigned char*>(batch.kv_pool), layout.block_bytes(), 0, 0,
+                    batch.block_tokens, config_.kv_heads, config_.head_dim};
+  const auto* cos = reinterpret_cast<const float*>(rope_.address());
+  cuda::QkvRope rope{};
+  rope.qkv = work_.qkv;
+  rope.heads = config_.heads;
+  rope.norm_eps = config_.rms_norm_eps;
+  rope.rope_cos = cos;
+  rope.rope_sin = cos + static_cast<size_t>(parts_.max_model_len) * static_cast<size_t>(config_.head_dim / 2);
+
+  const CudaMatrix& table = parts_.weights.embed.data != nullptr ? parts_.weights.embed : parts_.weights.lm_head;
+  BATON_RETURN_IF_ERROR(kernels.embed(stream_, plan.step, table.data, config_.hidden_size, work_.x));
+  for (int32_t l = 0; l < config_.layers; ++l) {
+    const CudaLayer& layer = parts_.weights.layers[static_cast<size_t>(l)];
+    kv.k_offset_bytes = layout.layer_offset_bytes(l);
+    kv.v_offset_bytes = kv.k_offset_bytes + layout.plane_bytes();
+    BATON_RETURN_IF_ERROR(kernels.rms_norm(stream_, work_.x, rows, config_.hidden_size, layer.input_norm.data,
+                                           config_.rms_norm_eps, work_.normed));
+    BATON_RETURN_IF_ERROR(product(layer.qkv.weight, rows, LinearOutput::kBf16, work_.normed, work_.qkv));
+    rope.bias = layer.qkv.bias.data;
+    rope.q_norm = layer.q_norm.data;
+    rope.k_norm = layer.k_norm.data;
+    BATON_RETURN_IF_ERROR(kernels.qkv_rope_kv_write(stream_, plan.step, rope, kv, work_.q));
+    if (batch.layer_done) {
+      BATON_ASSIGN_OR_RETURN(std::shared_ptr<void> written, events_->record(stream_));
+      batch.layer_done(l, written);
+    }
+
+    // After the last layer's KV is written only the rows whose logits are wanted matter.
+    float* x = work_.x;
+    int64_t left = rows;
+    cuda::Attention args{work_.q, work_.attended, config_.heads, 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+                         config_.window_of(l)};
+    const bool last = l + 1 == config_.layers;
+    if (last && plan.kept.rows == 0) return {};
+    if (last && !plan.keeps_all) {
+      x = work_.kept_x;
+      left = plan.kept.rows;
+      const int64_t q_bytes = int64_t{config_.heads} * config_.head_dim * static_cast<int64_t>(sizeof(bf16));
+      BATON_RETURN_IF_ERROR(kernels.gather_rows(stream_, work_.x, config_.hidden_size * static_cast<int64_t>(sizeof(float)),
+                                                plan.kept_rows, left, x));
+      BATON_RETURN_IF_ERROR(kernels.gather_rows(stream_, work_.q, q_bytes, plan.kept_rows, left, work_.kept_q));
+      args.q = work_.kept_q;
+      BATON_RETURN_IF_ERROR(kernels.attention_decode(stream_, plan.kept, 0, plan.kept.rows, args, kv, work_.decode));
+    } else {
+      BATON_RETURN_IF_ERROR(attend(plan, args, kv));
+    }
+    BATON_RETURN_IF_ERROR(product(layer.o.weight, left, LinearOutput::kAddFloat, work_.attended, x));
+    if (layer.o.bias.data != nullptr) {
+      BATON_RETURN_IF_ERROR(kernels.add_bias(stream_, x, left, config_.hidden_size, layer.o.bias.data));
+    }
+    BATON_RETURN_IF_ERROR(mlp(layer, x, left));
+  }
+  return head(plan.keeps_all ? work_.x : work_.kept_x, plan.kept.rows);
+}
+
+Status CudaTransformer::fetch(const ForwardBatch& batch, float* logits) {
+  const cuda::Driver& cu = parts_.gpu->driver();
+  const size_t count = batch.logit_rows.size();
+  if (count > 0 && batch.chosen.empty()) {
+    const size_t bytes = count * static_cast<size_t>(config_.vocab_size) * sizeof(float);
+    BATON_RETURN_IF_ERROR(check(cu.copy_async(address_of(logits), address_of(work_.logits), bytes, stream_), "fetching logits"));
+  } else if (count > 0) {
+    BATON_RETURN_IF_ERROR(check(cu.copy_async(address_of(chosen_.data()), address_of(work_.chosen), count * sizeof(int32_t), stream_),
+                                "fetching tokens"));
+  }
+  BATON_RETURN_IF_ERROR(check(cu.stream_synchronize(stream_), "a step on the GPU"));
+  if (!batch.chosen.empty()) {
+    const auto* chosen = reinterpret_cast<const int32_t*>(chosen_.data());
+    std::copy(chosen, chosen + count, batch.chosen.begin());
+  }
+  return {};
+}
+
+// -- Loading. ----------------------------------------------------------------------------------------------------------
+
+Result<std::unique_ptr<Model>> load_cuda_model(const ModelOptions& options, const CudaOptions& cuda) {
+  if (!(cuda.memory_utilization > 0.0 && cuda.memory_utilization <= 1.0)) {
+    return invalid_argument("the GPU memory utilization is {}; it must be above 0 and at most 1", cuda.memory_utilization);
+  }
+  BATON_ASSIGN_OR_RETURN(std::shared_ptr<const cuda::Driver> driver, cuda::Driver::load(cuda.driver_library));
+  if (!driver->can_compute) return unavailable("the CUDA driver is too old to compute with: 12.0 or newer is needed");
+  if (cuda.ordinal < 0 || cuda.ordinal >= driver->devices) {
+    return invalid_argument("there is no GPU {}; the driver sees {}", cuda.ordinal, driver->devices);
+  }
+  CudaTransformer::Parts parts;
+  BATON_ASSIGN_OR_RETURN(parts.gpu, cuda::Gpu::open(driver, cuda.ordinal));
+  BATON_ASSIGN_OR_RETURN(parts.kernels, cuda::CudaKernels::create(parts.gpu));
+  BATON_ASSIGN_OR_RETURN(parts.linear, cuda::CudaLinear::create(parts.gpu, cuda.blas_library));
+
+  ThreadPool threads(cuda.threads);
+  BATON_ASSIGN_OR_RETURN(ModelFiles files, ModelFiles::open(options, threads));
+  constexpr int32_t kUsualBlockTokens = 16;
+  Status shape = parts.kernels->validate_attention_shape(files.config.heads, files.config.kv_heads, files.config.head_dim, kUsualBlockTokens);
+  if (!shape.ok()) return shape.with_context(options.path.string());
+  BATON_ASSIGN_OR_RETURN(parts.store, CudaWeightStore::create(parts.gpu, threads));
+  BATON_ASSIGN_OR_RETURN(parts.weights, WeightsLoader<CudaWeightStore>(files.config, files.architecture->tensor_names(), *files.source,
+                                                                       *parts.store, options.progress).load());
+  BATON_RETURN_IF_ERROR(parts.store->finish());
+  BATON_ASSIGN_OR_RETURN(RopeTables rope, RopeTables::create(files.config.rope, files.config.head_dim, files.max_model_len));
+  rope.ensure(files.max_model_len, threads);
+  parts.model_id = files.model_id();
+  parts.config = std::move(files.config);
+  parts.max_model_len = files.max_model_len;
+  parts.memory_utilization = cuda.memory_utilization;
+  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, CudaTransformer::create(std::move(parts), rope));
+  return model;
+}
+
+}  // namespace baton

@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "base/cuda/gpu.h"
+#include "kernels/cuda/cuda_kernels.h"
+#include "model/model.h"
+
+namespace baton {
+
+/// How large a step may be.
+struct StepCapacity {
+  int64_t rows = 0;
+  int64_t sequences = 0;
+  int64_t logit_rows = 0;
+  int64_t table_entries = 0;
+  int64_t tiles = 0;
+
+  bool holds(const StepCapacity& other) const {
+    return rows >= other.rows && sequences >= other.sequences && logit_rows >= other.logit_rows &&
+           table_entries >= other.table_entries && tiles >= other.tiles;
+  }
+};
+
+/// What a step has to do, in device memory (the pointers are the same in every step of one StepBuffer).
+struct StepPlan {
+  cuda::StepView step{};
+  bool decodes = false;                      ///< some sequence has one row
+  const cuda::PrefillTile* tiles = nullptr;  ///< of the sequences with more
+  int32_t tile_count = 0;
+  /// The rows whose logits are wanted, each as a sequence of one row.
+  cuda::StepView kept{};
+  const int32_t* kept_rows = nullptr;        ///< [kept.rows] their rows in `step`
+  bool keeps_all = false;                    ///< `kept` is `step`
+};
+
+/// A step's description, written by the host into page-locked memory and sent to the GPU in one copy. One thread; a step must have
+/// ended before the next one is built.
+class StepBuffer {
+ public:
+  static Result<StepBuffer> create(std::shared_ptr<const cuda::Gpu> gpu, StepCapacity capacity);
+  StepBuffer() = default;
+
+  /// Fills in `batch` (checked before, within capacity()); `padded_rows` at least its rows: the rest is rows and
+  /// sequences that are not used. `tile_tokens` as CudaKernels::prefill_tile_tokens().
+  StepPlan build(const ForwardBatch& batch, int32_t padded_rows, int32_t tile_tokens);
+  /// What `batch` takes.
+  static StepCapacity measure(const ForwardBatch& batch, int32_t tile_tokens);
+  Status send(cuda::CUstream stream);
+
+  const StepCapacity& capacity() const { return capacity_; }
+
+ private:
+  template <typename T>
+  struct Array {
+    T* host = nullptr;
+    const T* device = nullptr;
+  };
+  template <typename T>
+  Array<T> array(size_t* at, int64_t count) const;
+
+  std::shared_ptr<const cuda::Gpu> gpu_;
+  StepCapacity capacity_;
+  cuda::PinnedMemory host_;
+  cuda::DeviceMemory device_;
+  size_t table_begin_ = 0, used_bytes_ = 0;
+  Array<int32_t> tokens_, positions_, slots_, kept_rows_, kept_positions_, tables_;
+  Array<cuda::DeviceSequence> sequences_, kept_sequences_;
+  Array<cuda::PrefillTile> tiles_;
+};
+
+}  // namespace baton
