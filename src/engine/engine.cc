@@ -78,6 +78,7 @@ Status EngineConfig::validate() const {
 }
 
 Result<std::unique_ptr<Engine>> Engine::create(EngineConfig config, Model& model, const Clock& clock) {
+  if (config.max_batched_tokens == 0) config.max_batched_tokens = model.usual_batched_tokens();
   BATON_RETURN_IF_ERROR(config.validate());
   BlockLayout layout = model.layout(config.block_tokens);
   BATON_RETURN_IF_ERROR(layout.validate());

@@ -23,7 +23,8 @@ struct EngineConfig {
   /// host is touched only as blocks are used.
   int64_t kv_blocks = 0;
   int64_t kv_bytes = 0;
-  /// Tokens computed per step over all sequences; longer prompts are cut into chunks. At least block_tokens.
+  /// Tokens computed per step over all sequences; longer prompts are cut into chunks. At least block_tokens. 0: what suits
+  /// the model's device.
   int32_t max_batched_tokens = 512;
   /// Running and reserved sequences; at most max_batched_tokens - block_tokens of them are let in, so that
   /// decodes leave every step room for a block of prefill.

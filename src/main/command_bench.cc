@@ -97,8 +97,7 @@ void add_bench_engine(CommandLine& line, CLI::App& bench) {
       if (!folder.ok()) return fail("bench engine", folder.status());
       options.model_path = *folder;
       options.load_format = command->model.load_format;
-      options.threads = command->engine.threads;
-      options.isa = command->engine.isa;
+      options.device = command->engine.device_options();
       options.block_tokens = command->engine.block_tokens;
       options.max_batched_tokens = command->engine.max_batched_tokens;
       Result<ops::BenchEngineResult> result = ops::run_bench_engine(options);

@@ -56,12 +56,12 @@ Status run(GenerateCommand& command) {
   if (command.prompt.empty()) return invalid_argument("there is no prompt; give it as an argument or on standard input");
   BATON_ASSIGN_OR_RETURN(std::filesystem::path folder, command.model.path());
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Tokenizer> tokenizer, Tokenizer::load(folder / "tokenizer.json"));
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Kernels> kernels, make_cpu_kernels(command.engine.isa, command.engine.threads));
   ModelOptions options;
   options.path = folder;
   options.load_format = command.model.load_format;
   options.max_model_len = command.model.max_model_len;
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::load(options, *kernels));
+  BATON_ASSIGN_OR_RETURN(DeviceModel loaded, load_on_device(options, command.engine.device_options()));
+  Model* const model = loaded.model.get();
   BATON_ASSIGN_OR_RETURN(std::vector<int32_t> prompt, encode_prompt(command, folder, *tokenizer));
 
   EngineConfig config;

@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/clock.h"
+#include "base/cuda/driver.h"
 #include "base/log.h"
 #include "base/unique_handle.h"
 #include "main/cli.h"
@@ -253,12 +254,38 @@ class Supervisor {
 
 void append(std::vector<std::string>& to, const std::vector<std::string>& from) { to.insert(to.end(), from.begin(), from.end()); }
 
+/// The device of each worker: those that were named, or all GPUs, or the CPU, in turn. Workers that share a GPU share its memory.
+std::vector<EngineFlags> deal_devices(const EngineFlags& engine, int workers) {
+  std::vector<std::string> devices;
+  for (size_t begin = 0; begin <= engine.device.size();) {
+    const size_t end = std::min(engine.device.find(',', begin), engine.device.size());
+    devices.push_back(engine.device.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  if (devices.size() == 1 && (devices[0] == "auto" || devices[0] == "cuda")) {
+    const auto driver = cuda::Driver::load("");
+    const int gpus = driver.ok() ? (*driver)->devices : 0;
+    if (gpus > 0) devices.clear();
+    for (int i = 0; i < gpus; ++i) devices.push_back(fmt::format("cuda:{}", i));
+    if (gpus == 0 && devices[0] == "auto") devices[0] = "cpu";
+  }
+  std::vector<EngineFlags> out(static_cast<size_t>(workers), engine);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const size_t device = i % devices.size();
+    out[i].device = devices[device];
+    const size_t sharing = (out.size() - device + devices.size() - 1) / devices.size();
+    out[i].gpu_memory_utilization = engine.gpu_memory_utilization / static_cast<double>(sharing);
+  }
+  return out;
+}
+
 std::vector<Child> plan_children(const ServeCommand& command, const SocketFolder& sockets, int notify_fd) {
   std::vector<Child> children;
   std::vector<std::string> addresses;
   int workers = command.aggregated ? command.decode_workers : command.prefill_workers + command.decode_workers;
   EngineFlags engine = command.engine;
   if (engine.threads == 0) engine.threads = std::max(1, usable_cpus() / workers);
+  const std::vector<EngineFlags> dealt = deal_devices(engine, workers);
   ModelFlags model = command.model;
   model.served_model_name = command.model.name();
   auto add_worker = [&](const std::string& role, int index) {
@@ -268,7 +295,7 @@ std::vector<Child> plan_children(const ServeCommand& command, const SocketFolder
     child.arguments = {"baton", "--log-level", command.log_level, "worker", "--role", role, "--name", child.name,
                        "--listen", addresses.back()};
     append(child.arguments, model.arguments());
-    append(child.arguments, engine.arguments());
+    append(child.arguments, dealt[addresses.size() - 1].arguments());
     append(child.arguments, command.transfer.arguments());
     children.push_back(std::move(child));
   };

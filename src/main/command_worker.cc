@@ -86,8 +86,7 @@ Status run(const WorkerCommand& command) {
   config.engine.max_running = command.engine.max_running;
   config.engine.max_model_len = command.model.max_model_len;
   config.engine.prefix_cache = !command.engine.no_prefix_cache;
-  config.isa = command.engine.isa;
-  config.threads = command.engine.threads;
+  config.device = command.engine.device_options();
   config.transfer.name = config.name;
   config.transfer.transport = command.transfer.transport;
   config.transfer.allow_tcp = !command.transfer.no_tcp;

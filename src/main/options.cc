@@ -95,11 +95,15 @@ void EngineFlags::add_to(CLI::App& command) {
   command.add_option("--kv-memory", kv_memory, "memory of the KV cache per worker, such as 2GiB")->group("Engine");
   command.add_option("--kv-blocks", kv_blocks, "the same, in blocks")->group("Engine");
   command.add_option("--block-tokens", block_tokens, "tokens per KV block")->capture_default_str()->group("Engine");
-  command.add_option("--max-batched-tokens", max_batched_tokens, "tokens computed per step; longer prompts are chunked")
-      ->capture_default_str()->group("Engine");
+  command.add_option("--max-batched-tokens", max_batched_tokens, "tokens computed per step; longer prompts are chunked [512; 8192 on a GPU]")
+      ->group("Engine");
   command.add_option("--max-running", max_running, "sequences computed at once")->capture_default_str()->group("Engine");
   command.add_flag("--no-prefix-cache", no_prefix_cache, "never reuse the KV of an earlier equal prefix")->group("Engine");
   command.add_option("--threads", threads, "compute threads per worker [the CPUs it may use]")->group("Engine");
+  command.add_option("--device", device, "auto, cpu or cuda:N; auto: a GPU if one can be used; serve deals out several: cuda:0,cuda:1")
+      ->capture_default_str()->group("Engine");
+  command.add_option("--gpu-memory-utilization", gpu_memory_utilization, "share of a GPU's memory that a worker may take")
+      ->check(CLI::Range(0.01, 1.0))->capture_default_str()->group("Engine");
   command.add_option("--isa", isa, "auto, avx512bf16, avx2 or plain")->capture_default_str()->group("Engine");
 }
 
@@ -113,7 +117,18 @@ std::vector<std::string> EngineFlags::arguments() const {
   push(out, "--max-running", max_running, defaults.max_running);
   push(out, "--threads", threads, defaults.threads);
   push(out, "--isa", isa, defaults.isa);
+  push(out, "--device", device, defaults.device);
+  push(out, "--gpu-memory-utilization", gpu_memory_utilization, defaults.gpu_memory_utilization);
   if (no_prefix_cache) out.push_back("--no-prefix-cache");
+  return out;
+}
+
+DeviceOptions EngineFlags::device_options() const {
+  DeviceOptions out;
+  out.device = device;
+  out.isa = isa;
+  out.threads = threads;
+  out.gpu_memory_utilization = gpu_memory_utilization;
   return out;
 }
 

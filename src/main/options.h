@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "model/device_model.h"
 
 namespace baton::cli {
 
@@ -29,14 +30,17 @@ struct EngineFlags {
   int64_t kv_blocks = 0;
   std::string kv_memory;           ///< "512MiB"
   int32_t block_tokens = 16;
-  int32_t max_batched_tokens = 512;
+  int32_t max_batched_tokens = 0;  // 0: what suits the device
   int32_t max_running = 256;
   bool no_prefix_cache = false;
   int32_t threads = 0;
   std::string isa = "auto";
+  std::string device = "auto";
+  double gpu_memory_utilization = 0.9;
 
   void add_to(CLI::App& command);
   std::vector<std::string> arguments() const;
+  DeviceOptions device_options() const;
   /// kv_memory in bytes; 0 when empty.
   Result<int64_t> kv_bytes() const;
 };

@@ -71,6 +71,12 @@ class Model {
   /// the largest batch.
   virtual Status forward(const ForwardBatch& batch, float* logits) = 0;
   virtual bool can_choose() const { return false; }
+  /// For people: "cuda/sm_90 (NVIDIA H200)"; empty on the CPU, whose kernels have a name of their own.
+  virtual std::string device_name() const { return {}; }
+  /// How fast its device reads memory, measured now (under a second): what bounds decoding.
+  virtual Result<double> measure_read_bytes_per_s() = 0;
+  /// Rows a step should have at most, where nothing else is said.
+  virtual int32_t usual_batched_tokens() const { return 512; }
 
   /// Takes what batches up to `limits` need, so that no later one fails for want of memory. Optional.
   virtual Status prepare(const BatchLimits&) { return {}; }

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "tensor/bandwidth.h"
+
 namespace baton {
 namespace {
 
@@ -97,6 +99,12 @@ Status Transformer::reserve(int64_t rows) {
   BATON_RETURN_IF_ERROR(grow(&work_.attended, n * q * sizeof(bf16)));
   BATON_RETURN_IF_ERROR(grow(&work_.gate_up, mlp_rows * 2 * inter * sizeof(float)));
   return grow(&work_.act, mlp_rows * inter * sizeof(bf16));
+}
+
+Result<double> Transformer::measure_read_bytes_per_s() {
+  // Far more bytes than the last-level cache holds, few passes.
+  BATON_ASSIGN_OR_RETURN(double gbps, measure_read_gbps(kernels_.threads(), size_t{1} << 29, 2));
+  return gbps * 1e9;
 }
 
 void Transformer::embed(const ForwardBatch& batch) {

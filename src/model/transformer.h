@@ -40,6 +40,7 @@ class Transformer final : public Model {
   int64_t weight_bytes() const override { return weights_.bytes; }
   int32_t max_model_len() const override { return max_model_len_; }
   Status forward(const ForwardBatch& batch, float* logits) override;
+  Result<double> measure_read_bytes_per_s() override;
 
  private:
   struct Workspace {

@@ -6,10 +6,8 @@
 #include "base/clock.h"
 #include "base/random.h"
 #include "engine/engine.h"
-#include "kernels/kernels.h"
 #include "model/model.h"
 #include "ops/bench_serve.h"
-#include "tensor/bandwidth.h"
 
 namespace baton::ops {
 
@@ -21,8 +19,7 @@ double seconds_since(int64_t begin_ns) { return static_cast<double>(SteadyClock:
 
 class EngineBench {
  public:
-  EngineBench(const BenchEngineOptions& options, Model& model, Kernels& kernels)
-      : options_(options), model_(model), kernels_(kernels) {}
+  EngineBench(const BenchEngineOptions& options, Model& model) : options_(options), model_(model) {}
 
   Status create_engine() {
     EngineConfig config;
@@ -102,14 +99,12 @@ class EngineBench {
 
   /// Bytes per second; far more bytes than the last-level cache holds, few passes, since it runs around each run.
   Result<double> read_bandwidth() {
-    BATON_ASSIGN_OR_RETURN(double gbps, measure_read_gbps(kernels_.threads(), size_t{1} << 29, 2));
-    return gbps * 1e9;
+    return model_.measure_read_bytes_per_s();
   }
 
  private:
   const BenchEngineOptions& options_;
   Model& model_;
-  Kernels& kernels_;
   std::unique_ptr<Engine> engine_;
   Random random_{7};
   uint64_t next_id_ = 1;
@@ -133,18 +128,18 @@ Result<BenchEngineResult> run_bench_engine(const BenchEngineOptions& options) {
   BATON_RETURN_IF_ERROR(options.validate());
   BenchEngineResult result;
   result.options = options;
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Kernels> kernels, make_cpu_kernels(options.isa, options.threads));
   ModelOptions model_options;
   model_options.path = options.model_path;
   model_options.load_format = options.load_format;
   int64_t load_begin_ns = SteadyClock::instance().now_ns();
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::load(model_options, *kernels));
+  BATON_ASSIGN_OR_RETURN(DeviceModel loaded, load_on_device(model_options, options.device));
+  Model* const model = loaded.model.get();
   result.load_s = seconds_since(load_begin_ns);
   result.model = fmt::format("{} ({})", options.model_path.filename().string(), model->config().architecture);
-  result.kernels = std::string(kernels->name());
-  result.threads = kernels->threads().threads();
+  result.kernels = loaded.name;
+  result.threads = loaded.kernels ? loaded.kernels->threads().threads() : 0;
   result.weight_bytes = model->weight_bytes();
-  EngineBench bench(options, *model, *kernels);
+  EngineBench bench(options, *model);
   BATON_RETURN_IF_ERROR(bench.create_engine());
 
   std::vector<double> bandwidths;
@@ -185,8 +180,8 @@ Result<BenchEngineResult> run_bench_engine(const BenchEngineOptions& options) {
 }
 
 std::string bench_engine_table(const BenchEngineResult& result) {
-  std::string out = fmt::format("{}  kernels {}  {} threads  weights {:.2f} GB, loaded in {:.1f} s\n", result.model, result.kernels,
-                                result.threads, static_cast<double>(result.weight_bytes) * 1e-9, result.load_s);
+  std::string out = fmt::format("{}  kernels {}{}  weights {:.2f} GB, loaded in {:.1f} s\n", result.model, result.kernels,
+                                result.threads > 0 ? fmt::format("  {} threads", result.threads) : "", static_cast<double>(result.weight_bytes) * 1e-9, result.load_s);
   if (result.read_bytes_per_s > 0) {
     out += fmt::format("memory limit: reading at {:.1f} GB/s, measured around each decode run\n", result.read_bytes_per_s * 1e-9);
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "model/device_model.h"
 
 namespace baton::ops {
 
@@ -18,8 +19,7 @@ struct BenchEngineOptions {
   std::vector<int32_t> decode_batches = {1};
   int32_t decode_tokens = 32;
   int32_t runs = 5;
-  int32_t threads = 0;
-  std::string isa = "auto";
+  DeviceOptions device;
   int32_t block_tokens = 16;
   int32_t max_batched_tokens = 512;
 

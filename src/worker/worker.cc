@@ -8,7 +8,6 @@
 #include <thread>
 
 #include "base/log.h"
-#include "kernels/kernels.h"
 #include "worker/agent_transfer.h"
 #include "worker/worker_core.h"
 
@@ -38,25 +37,25 @@ class WorkerImpl final : public Worker {
   ~WorkerImpl() override { stop(0); }
 
   Status load_model() {
-    BATON_ASSIGN_OR_RETURN(kernels_, make_cpu_kernels(config_.isa, config_.threads));
     const int64_t begin_ns = SteadyClock::instance().now_ns();
-    BATON_ASSIGN_OR_RETURN(own_model_, Model::load(config_.model, *kernels_));
+    BATON_ASSIGN_OR_RETURN(own_model_, load_on_device(config_.model, config_.device));
     log_info("{} loaded in {:.2f} s: {} of weights, {}", config_.served_model_name,
              static_cast<double>(SteadyClock::instance().now_ns() - begin_ns) * 1e-9,
-             fmt::format("{:.1f} MiB", static_cast<double>(own_model_->weight_bytes()) / (1 << 20)), kernels_->name());
+             fmt::format("{:.1f} MiB", static_cast<double>(own_model_.model->weight_bytes()) / (1 << 20)), own_model_.name);
     return {};
   }
 
   Status start(Model* model) {
     if (model == nullptr) {
       BATON_RETURN_IF_ERROR(load_model());
-      model = own_model_.get();
+      model = own_model_.model.get();
     }
     BATON_ASSIGN_OR_RETURN(engine_, Engine::create(config_.engine, *model));
     transfer::AgentConfig agent_config = config_.transfer;
     agent_config.name = config_.name;
     BATON_ASSIGN_OR_RETURN(agent_, transfer::Agent::create(agent_config));
-    BATON_ASSIGN_OR_RETURN(auto region, agent_->register_memory(engine_->kv_pool(), transfer::MemoryKind::kHost));
+    const auto kind = engine_->kv_place() == MemoryPlace::kCuda ? transfer::MemoryKind::kCuda : transfer::MemoryKind::kHost;
+    BATON_ASSIGN_OR_RETURN(auto region, agent_->register_memory(engine_->kv_pool(), kind));
     const uint64_t block_bytes = static_cast<uint64_t>(engine_->layout().block_bytes());
     BATON_ASSIGN_OR_RETURN(
         auto pool, agent_->add_pool({std::move(region), block_bytes, engine_->kv_pool().size() / block_bytes}));
@@ -66,7 +65,7 @@ class WorkerImpl final : public Worker {
     core.name = config_.name;
     BATON_ASSIGN_OR_RETURN(core.role, parse_role(config_.role));
     core.served_model_name = config_.served_model_name;
-    if (kernels_) core.kernels = kernels_->name();
+    core.kernels = own_model_.name;
     core.max_model_len = engine_->config().max_model_len;
     core.local_prefill_tokens = config_.local_prefill_tokens;
     core.lease_ms = config_.lease_ms;
@@ -171,8 +170,7 @@ class WorkerImpl final : public Worker {
   std::string address_;
   std::shared_ptr<Mailbox> mailbox_ = std::make_shared<Mailbox>(kMaxMailboxBytes);
   WorkerMetrics metrics_;
-  std::unique_ptr<Kernels> kernels_;
-  std::unique_ptr<Model> own_model_;
+  DeviceModel own_model_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<transfer::Agent> agent_;
   std::unique_ptr<AgentTransfer> transfer_;
@@ -204,7 +202,8 @@ Status WorkerConfig::validate() const {
   }
   BATON_RETURN_IF_ERROR(parse_role(role).status());
   if (listen_address.empty()) return invalid_argument("listen_address is empty");
-  BATON_RETURN_IF_ERROR(range("threads", threads, 0, 4096));
+  BATON_RETURN_IF_ERROR(range("threads", device.threads, 0, 4096));
+  BATON_RETURN_IF_ERROR(device.validate());
   BATON_RETURN_IF_ERROR(range("local_prefill_tokens", local_prefill_tokens, -1, INT32_MAX));
   BATON_RETURN_IF_ERROR(range("lease_ms", lease_ms, 100, 3'600'000));
   BATON_RETURN_IF_ERROR(range("max_queued", max_queued, 1, 1 << 20));

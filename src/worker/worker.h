@@ -7,7 +7,7 @@
 
 #include "base/status.h"
 #include "engine/engine.h"
-#include "model/model.h"
+#include "model/device_model.h"
 #include "protocol/channel.h"
 #include "transfer/include/baton/transfer.h"
 
@@ -27,9 +27,7 @@ struct WorkerConfig {
   ModelOptions model;
   EngineConfig engine;
   transfer::AgentConfig transfer;
-  /// Kernels: "auto", "avx512bf16", "avx2", "plain"; threads as for ThreadPool (0: as many as allowed).
-  std::string isa = "auto";
-  int threads = 0;
+  DeviceOptions device;
   /// Prompts with fewer tokens to compute are prefilled by the decode worker itself. -1: from measured handoffs, 256 until
   /// there are some (worker/break_even.h).
   int32_t local_prefill_tokens = 256;

@@ -54,6 +54,7 @@ class FakeModel final : public Model {
   int64_t weight_bytes() const override { return 0; }
   int32_t max_model_len() const override { return options_.max_model_len; }
 
+  Result<double> measure_read_bytes_per_s() override { return unimplemented("a fake model reads nothing"); }
   Status forward(const ForwardBatch& batch, float* logits) override {
     ++forwards;
     rows += static_cast<int64_t>(batch.tokens.size());

@@ -175,8 +175,11 @@ int64_t CudaTransformer::spare_kv_bytes() const {
   CurrentDevice current(*parts_.gpu);
   size_t free_bytes = 0, total_bytes = 0;
   if (!check(parts_.gpu->driver().memory_info(&free_bytes, &total_bytes), "cuMemGetInfo").ok()) return 0;
-  const double used = static_cast<double>(total_bytes - free_bytes);
-  return static_cast<int64_t>(std::max(0.0, static_cast<double>(total_bytes) * parts_.memory_utilization - used));
+  // What this process has, as far as it can be known, and what the driver keeps for it: others may use the GPU, too.
+  constexpr double kContextBytes = 600e6;
+  const double own = static_cast<double>(parts_.weights.bytes) + static_cast<double>(memory_.bytes() + rope_.bytes()) + kContextBytes;
+  const double share = static_cast<double>(total_bytes) * parts_.memory_utilization - own;
+  return static_cast<int64_t>(std::max(0.0, std::min(share, 0.95 * static_cast<double>(free_bytes))));
 }
 
 Result<std::unique_ptr<Memory>> CudaTransformer::allocate_kv(size_t bytes) {
@@ -189,6 +192,34 @@ Result<std::unique_ptr<Memory>> CudaTransformer::allocate_kv(size_t bytes) {
 Result<std::unique_ptr<Memory>> CudaTransformer::allocate_logits(size_t bytes) {
   BATON_ASSIGN_OR_RETURN(cuda::PinnedMemory memory, cuda::PinnedMemory::allocate(parts_.gpu, bytes));
   return std::unique_ptr<Memory>(std::make_unique<PinnedHostMemory>(std::move(memory)));
+}
+
+Result<double> CudaTransformer::measure_read_bytes_per_s() {
+  constexpr size_t kBytes = size_t{1} << 30;
+  constexpr int kCopies = 8;
+  BATON_ASSIGN_OR_RETURN(cuda::DeviceMemory memory, cuda::DeviceMemory::allocate(parts_.gpu, 2 * kBytes));
+  CurrentDevice current(*parts_.gpu);
+  const cuda::Driver& cu = parts_.gpu->driver();
+  cuda::CUevent events[2] = {};
+  Status status;
+  for (cuda::CUevent& event : events) {
+    if (status.ok()) status = check(cu.event_create(&event, cuda::kEventDefault), "cuEventCreate");
+  }
+  float ms = 0;
+  if (status.ok()) {
+    for (int i = 0; i <= kCopies && status.ok(); ++i) {  // the first one warms up
+      if (i == 1) status = check(cu.event_record(events[0], stream_), "cuEventRecord");
+      if (status.ok()) status = check(cu.copy_async(memory.address(), memory.address() + kBytes, kBytes, stream_), "cuMemcpy");
+    }
+    if (status.ok()) status = check(cu.event_record(events[1], stream_), "cuEventRecord");
+    if (status.ok()) status = check(cu.stream_synchronize(stream_), "measuring the memory");
+    if (status.ok()) status = check(cu.event_elapsed_ms(&ms, events[0], events[1]), "cuEventElapsedTime");
+  }
+  for (cuda::CUevent event : events) {
+    if (event != nullptr) (void)cu.event_destroy(event);
+  }
+  BATON_RETURN_IF_ERROR(status);
+  return 2.0 * static_cast<double>(kBytes) * kCopies / (static_cast<double>(ms) * 1e-3);
 }
 
 // -- A step. -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class CudaTransformer final : public Model {
   int32_t max_model_len() const override { return parts_.max_model_len; }
   Status forward(const ForwardBatch& batch, float* logits) override;
   bool can_choose() const override { return true; }
+  std::string device_name() const override { return std::string(parts_.kernels->name()); }
+  /// Of a copy inside the GPU, reading and writing together.
+  Result<double> measure_read_bytes_per_s() override;
+  int32_t usual_batched_tokens() const override { return 8192; }
   Status prepare(const BatchLimits& limits) override;
   int64_t spare_kv_bytes() const override;
   Result<std::unique_ptr<Memory>> allocate_kv(size_t bytes) override;
