@@ -40,6 +40,21 @@ inline constexpr unsigned kIpcLazyEnablePeerAccess = 1;
 inline constexpr int kAttributeComputeMajor = 75, kAttributeComputeMinor = 76;
 inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
 inline constexpr unsigned kEventDefault = 0, kEventDisableTiming = 2;
+inline constexpr int kLaunchProgrammaticSerialization = 6;
+struct CUlaunchAttribute {
+  int id;
+  char pad[4];
+  union {
+    char bytes[64];
+    int number;
+  } value;
+};
+struct CUlaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  CUstream stream;
+  CUlaunchAttribute* attributes;
+  unsigned attribute_count;
+};
 inline constexpr int kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2;
 
 // name of the member, exported symbol, parameters
@@ -101,6 +116,8 @@ inline constexpr int kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2;
   X(event_synchronize, cuEventSynchronize, (CUevent event))                                                       \
   X(event_elapsed_ms, cuEventElapsedTime, (float* ms, CUevent from, CUevent to))                                  \
   X(function_set_attribute, cuFuncSetAttribute, (CUfunction function, int attribute, int value))                  \
+  X(launch_ex, cuLaunchKernelEx,                                                                                  \
+    (const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra))                         \
   X(capture_begin, cuStreamBeginCapture_v2, (CUstream stream, int mode))                                          \
   X(capture_end, cuStreamEndCapture, (CUstream stream, CUgraph* graph))                                           \
   X(graph_instantiate, cuGraphInstantiateWithFlags, (CUgraphExec * exec, CUgraph graph, unsigned long long flags)) \

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "base/cuda/gpu.h"
 #include "base/status.h"
@@ -25,6 +26,13 @@ struct LinearShape {
   LinearOutput output = LinearOutput::kBf16;
 };
 
+/// RMSNorm of a product's input: x / rms(x) * weight, rounded to bf16.
+struct NormedInput {
+  const float* x;       // [rows, in]
+  const float* weight;  // [in]
+  float eps;
+};
+
 class CudaLinear {
  public:
   /// `library`: path of libcublasLt; empty: libcublasLt.so.13 or .12 as the loader finds them. unavailable: there is none, or
@@ -38,8 +46,26 @@ class CudaLinear {
 
   /// y[m, :] = x[m, :] W^T. x [rows, in] bf16, weight [out, in] bf16 row-major, y [rows, out]; device memory, 16-byte aligned,
   /// in_features and out_features multiples of 8. Sums are float32, in an order that depends on the shape only: the
-  /// same shape gives the same bits. Asynchronous on `stream`; may be captured when prepared. One thread at a time.
+  /// same shape gives the same bits; up to kFewRows rows, in an order that depends on in_features only: a row has the
+  /// same bits whatever the other rows are. Asynchronous on `stream`; may be captured when prepared. One thread at a time.
+  ///
+  /// Kernels for few rows read the weights before what was launched before them on the stream has ended: weights must not be
+  /// written by a kernel that runs right before.
   virtual Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) = 0;
+
+  static constexpr int64_t kFewRows = 16;
+
+  /// Whether normed_product and normed_silu_product work for a shape: few rows whose x finds room in shared memory.
+  virtual bool supports_fused(const LinearShape& shape) const = 0;
+
+  /// y = bf16(norm(x)) W^T.
+  virtual Status normed_product(CUstream stream, const LinearShape& shape, const NormedInput& input, const bf16* weight,
+                                void* y) = 0;
+
+  /// y[m, i] = bf16(silu(g) * u) of [g; u] = bf16(norm(x) W^T), g the first half of out_features and u the other. y
+  /// [rows, out_features / 2] bf16; shape.output is kBf16. out_features is a multiple of 16.
+  virtual Status normed_silu_product(CUstream stream, const LinearShape& shape, const NormedInput& input, const bf16* weight,
+                                     bf16* y) = 0;
 };
 
 }  // namespace baton::cuda

@@ -1,0 +1,122 @@
+#include "kernels/cuda/library_product.h"
+
+#include <utility>
+
+namespace baton::cuda {
+namespace {
+
+/// What NVIDIA advises for Hopper.
+constexpr size_t kWorkspaceBytes = 32u << 20;
+constexpr size_t kMaxStreams = 16;
+/// A chunked prefill has a new shape whenever its last chunk has a new length. A plan is some 400 bytes.
+constexpr size_t kMaxPlans = 8192;
+
+}  // namespace
+
+Result<std::unique_ptr<LibraryProduct>> LibraryProduct::create(std::shared_ptr<const Gpu> gpu, const std::string& library) {
+  BATON_ASSIGN_OR_RETURN(std::shared_ptr<const CublasLt> lt, CublasLt::load(library));
+  std::unique_ptr<LibraryProduct> made(new LibraryProduct(std::move(gpu), std::move(lt)));
+  CurrentDevice current(*made->gpu_);
+  BATON_RETURN_IF_ERROR(made->library_->check(made->library_->create(&made->handle_),
+                                              fmt::format("cublasLtCreate on {}", made->gpu_->name())));
+  return made;
+}
+
+LibraryProduct::~LibraryProduct() {
+  plans_.clear();
+  if (handle_ == nullptr) return;
+  CurrentDevice current(*gpu_);
+  (void)library_->destroy(handle_);
+}
+
+// y = x W^T row-major is, column-major, y' [out, rows] = W'^T x' with W' [in, out] and x' [in, rows].
+Result<std::unique_ptr<LibraryProduct::Plan>> LibraryProduct::make_plan(const LinearShape& shape) const {
+  const CublasLt& lt = *library_;
+  auto plan = std::make_unique<Plan>(library_);
+  const auto rows = static_cast<uint64_t>(shape.rows);
+  const auto out = static_cast<uint64_t>(shape.out_features);
+  const auto in = static_cast<uint64_t>(shape.in_features);
+  const int out_type = shape.output == LinearOutput::kBf16 ? kCublasTypeBf16 : kCublasTypeF32;
+  BATON_RETURN_IF_ERROR(lt.check(lt.desc_create(&plan->desc, kCublasCompute32F, kCublasTypeF32), "cublasLtMatmulDescCreate"));
+  const int32_t transpose = kCublasTranspose;
+  BATON_RETURN_IF_ERROR(lt.check(lt.desc_set(plan->desc, kMatmulDescTransposeA, &transpose, sizeof(transpose)),
+                                 "cublasLtMatmulDescSetAttribute"));
+  BATON_RETURN_IF_ERROR(lt.check(lt.layout_create(&plan->weight, kCublasTypeBf16, in, out, shape.in_features),
+                                 "cublasLtMatrixLayoutCreate"));
+  BATON_RETURN_IF_ERROR(lt.check(lt.layout_create(&plan->x, kCublasTypeBf16, in, rows, shape.in_features),
+                                 "cublasLtMatrixLayoutCreate"));
+  BATON_RETURN_IF_ERROR(lt.check(lt.layout_create(&plan->y, out_type, out, rows, shape.out_features),
+                                 "cublasLtMatrixLayoutCreate"));
+
+  CublasLtPreference preference = nullptr;
+  BATON_RETURN_IF_ERROR(lt.check(lt.preference_create(&preference), "cublasLtMatmulPreferenceCreate"));
+  std::unique_ptr<std::remove_pointer_t<CublasLtPreference>, decltype(lt.preference_destroy)> owner(
+      preference, lt.preference_destroy);
+  const uint64_t workspace_bytes = kWorkspaceBytes;
+  // Parts of a sum that are split over thread blocks are added up in order, in float32; or the sum is not split.
+  const uint32_t reductions = kReductionComputeType;
+  const uint32_t alignment = 16;
+  Status set = lt.check(lt.preference_set(preference, kPreferenceMaxWorkspaceBytes, &workspace_bytes, sizeof(workspace_bytes)),
+                        "cublasLtMatmulPreferenceSetAttribute");
+  BATON_RETURN_IF_ERROR(set);
+  BATON_RETURN_IF_ERROR(lt.check(lt.preference_set(preference, kPreferenceReductionSchemes, &reductions, sizeof(reductions)),
+                                 "cublasLtMatmulPreferenceSetAttribute"));
+  for (int operand = 0; operand < 4; ++operand) {
+    BATON_RETURN_IF_ERROR(
+        lt.check(lt.preference_set(preference, kPreferenceAlignmentA + operand, &alignment, sizeof(alignment)),
+                 "cublasLtMatmulPreferenceSetAttribute"));
+  }
+  CublasLtHeuristic best{};
+  int found = 0;
+  const Status asked = lt.check(lt.heuristics(handle_, plan->desc, plan->weight, plan->x, plan->y, plan->y, preference, 1, &best,
+                                              &found),
+                                "cublasLtMatmulAlgoGetHeuristic");
+  BATON_RETURN_IF_ERROR(asked.with_context(
+      fmt::format("product of {} rows, {} -> {} features", shape.rows, shape.in_features, shape.out_features)));
+  if (found == 0 || best.state != 0) {
+    return unavailable("cuBLASLt has no algorithm for {} rows, {} -> {} features", shape.rows, shape.in_features,
+                       shape.out_features);
+  }
+  plan->algorithm = best.algorithm;
+  return plan;
+}
+
+Result<const LibraryProduct::Plan*> LibraryProduct::find_plan(const LinearShape& shape) {
+  const Key key{shape.rows, shape.out_features, shape.in_features, shape.output};
+  if (auto at = plans_.find(key); at != plans_.end()) return at->second.get();
+  if (plans_.size() >= kMaxPlans) plans_.clear();
+  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Plan> plan, make_plan(shape));
+  return plans_.emplace(key, std::move(plan)).first->second.get();
+}
+
+Result<CUdeviceptr> LibraryProduct::find_workspace(CUstream stream) {
+  for (const auto& [owner, memory] : workspaces_) {
+    if (owner == stream) return memory.address();
+  }
+  if (workspaces_.size() >= kMaxStreams) {
+    return resource_exhausted("products on more than {} streams: each has a workspace of {} MiB", kMaxStreams,
+                              kWorkspaceBytes >> 20);
+  }
+  BATON_ASSIGN_OR_RETURN(DeviceMemory memory, DeviceMemory::allocate(gpu_, kWorkspaceBytes));
+  workspaces_.emplace_back(stream, std::move(memory));
+  return workspaces_.back().second.address();
+}
+
+Status LibraryProduct::prepare(const LinearShape& shape) {
+  CurrentDevice current(*gpu_);
+  return find_plan(shape).status();
+}
+
+Status LibraryProduct::product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) {
+  CurrentDevice current(*gpu_);
+  BATON_ASSIGN_OR_RETURN(const Plan* plan, find_plan(shape));
+  BATON_ASSIGN_OR_RETURN(CUdeviceptr workspace, find_workspace(stream));
+  const float alpha = 1.0f;
+  const float beta = shape.output == LinearOutput::kAddFloat ? 1.0f : 0.0f;
+  return library_->check(
+      library_->matmul(handle_, plan->desc, &alpha, weight, plan->weight, x, plan->x, &beta, y, plan->y, y, plan->y,
+                       &plan->algorithm, reinterpret_cast<void*>(workspace), kWorkspaceBytes, stream),
+      "cublasLtMatmul");
+}
+
+}  // namespace baton::cuda

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "base/cuda/gpu.h"
+#include "kernels/cuda/cublaslt_library.h"
+#include "kernels/cuda/cuda_linear.h"
+
+namespace baton::cuda {
+
+/// Products by cuBLASLt: one choice of algorithm per shape, kept; one workspace per stream. One thread at a time.
+class LibraryProduct {
+ public:
+  static Result<std::unique_ptr<LibraryProduct>> create(std::shared_ptr<const Gpu> gpu, const std::string& library);
+  ~LibraryProduct();
+
+  Status prepare(const LinearShape& shape);
+  Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y);
+
+ private:
+  struct Plan {
+    explicit Plan(std::shared_ptr<const CublasLt> library) : lt(std::move(library)) {}
+    Plan(const Plan&) = delete;
+    Plan& operator=(const Plan&) = delete;
+    ~Plan() {
+      if (desc != nullptr) (void)lt->desc_destroy(desc);
+      for (CublasLtMatrixLayout layout : {weight, x, y}) {
+        if (layout != nullptr) (void)lt->layout_destroy(layout);
+      }
+    }
+
+    const std::shared_ptr<const CublasLt> lt;
+    CublasLtMatmulDesc desc = nullptr;
+    CublasLtMatrixLayout weight = nullptr, x = nullptr, y = nullptr;
+    CublasLtAlgorithm algorithm{};
+  };
+  using Key = std::tuple<int64_t, int64_t, int64_t, LinearOutput>;
+
+  LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library)
+      : gpu_(std::move(gpu)), library_(std::move(library)) {}
+  Result<const Plan*> find_plan(const LinearShape& shape);
+  Result<std::unique_ptr<Plan>> make_plan(const LinearShape& shape) const;
+  Result<CUdeviceptr> find_workspace(CUstream stream);
+
+  const std::shared_ptr<const Gpu> gpu_;
+  const std::shared_ptr<const CublasLt> library_;
+  CublasLtHandle handle_ = nullptr;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
+  std::vector<std::pair<CUstream, DeviceMemory>> workspaces_;
+};
+
+}  // namespace baton::cuda
