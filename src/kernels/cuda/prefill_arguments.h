@@ -1,0 +1,38 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/step_arguments.h"
+
+/// What prefill_attention.cc hands to the kernels of attention_prefill.cu and attention_prefill_sm90.cu.
+namespace baton::cuda {
+
+struct PrefillArguments {
+  const DeviceSequence* sequences;
+  const int32_t* block_tables;
+  const int32_t* tiles;  // [tiles, 2]: PrefillTile
+  const uint16_t* q;     // [rows, heads, head_dim] bf16
+  uint16_t* out;         // the same
+  DeviceKv kv;
+  int32_t heads;
+  int32_t sequences_count;
+  float scale_log2;      // scale * log2(e): weights are powers of two
+  int32_t window;        // 0: none
+};
+
+/// The widths that a kernel is compiled for; a head is computed by the narrowest that it fits into.
+inline constexpr int32_t kPrefillWidths[] = {32, 64, 96, 128, 192, 256};
+
+/// Query tokens, warps and dynamic shared memory of the kernel for a width.
+constexpr int32_t prefill_rows(int32_t width) { return width <= 128 ? 128 : 64; }
+constexpr int32_t prefill_threads(int32_t width) { return prefill_rows(width) * 2; }
+constexpr int32_t prefill_keys(int32_t width) { return width <= 128 ? 64 : 32; }
+/// Of a row in shared memory, in elements: an odd number of 16-byte words, so that eight rows' words lie in different banks.
+constexpr int32_t prefill_stride(int32_t width) { return width + 8; }
+/// Q stays in registers where these suffice.
+constexpr bool prefill_q_in_registers(int32_t width) { return width <= 128; }
+constexpr int32_t prefill_shared_bytes(int32_t width) {
+  return ((prefill_q_in_registers(width) ? 0 : prefill_rows(width)) + 4 * prefill_keys(width)) * prefill_stride(width) * 2;
+}
+
+}  // namespace baton::cuda
