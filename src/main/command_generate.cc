@@ -103,7 +103,7 @@ Status run(GenerateCommand& command) {
     double decode_s = static_cast<double>(clock.now_ns() - first_ns) * 1e-9;
     fmt::print(stderr, "{} prompt tokens in {:.3f} s ({:.0f} tok/s), {} tokens in {:.3f} s ({:.1f} tok/s), kernels {}\n",
                prompt.size(), prefill_s, static_cast<double>(prompt.size()) / prefill_s, tokens, decode_s,
-               tokens > 1 ? static_cast<double>(tokens - 1) / decode_s : 0.0, kernels->name());
+               tokens > 1 ? static_cast<double>(tokens - 1) / decode_s : 0.0, loaded.name);
   }
   return {};
 }
