@@ -13,7 +13,7 @@
 
 #include "base/log.h"
 #include "base/random.h"
-#include "model/model.h"
+#include "model/device_model.h"
 #include "model/safetensors.h"
 
 namespace baton {
@@ -29,8 +29,8 @@ const std::filesystem::path kGolden = std::filesystem::path(BATON_SOURCE_DIR) / 
 class Runner {
  public:
   Runner(Model& model, uint64_t seed = 1) : model_(model), free_(kBlocks) {
-    auto pool = Buffer::allocate(static_cast<size_t>(kBlocks * model.layout(kBlockTokens).block_bytes()));
-    BATON_CHECK(pool.ok());
+    auto pool = model.allocate_kv(static_cast<size_t>(kBlocks * model.layout(kBlockTokens).block_bytes()));
+    BATON_CHECK(pool.ok()) << pool.status().to_string();
     pool_ = std::move(pool).value();
     std::iota(free_.begin(), free_.end(), 0);
     Random random(seed);
@@ -66,7 +66,7 @@ class Runner {
       logit_rows.resize(tokens.size());
       std::iota(logit_rows.begin(), logit_rows.end(), 0);
     }
-    ForwardBatch batch{tokens, slices, logit_rows, pool_.data(), kBlockTokens, {}, {}};
+    ForwardBatch batch{tokens, slices, logit_rows, pool(), kBlockTokens, {}, {}};
     if (layer_done) batch.layer_done = [&](int32_t layer, const std::shared_ptr<void>&) { layer_done(layer); };
     std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
     Status status = model_.forward(batch, logits.data());
@@ -74,12 +74,28 @@ class Runner {
     return logits;
   }
 
-  std::byte* pool() { return pool_.data(); }
-  size_t pool_bytes() const { return pool_.bytes(); }
+  /// The most likely token of the last row of each part, as the model chooses it.
+  std::vector<int32_t> choose(const std::vector<Part>& parts) {
+    std::vector<int32_t> tokens, logit_rows;
+    std::vector<SequenceSlice> slices;
+    for (const Part& part : parts) {
+      slices.push_back({static_cast<int32_t>(tokens.size()), static_cast<int32_t>(part.tokens.size()), part.start_pos, part.blocks->data()});
+      tokens.insert(tokens.end(), part.tokens.begin(), part.tokens.end());
+      logit_rows.push_back(static_cast<int32_t>(tokens.size()) - 1);
+    }
+    std::vector<int32_t> chosen(parts.size());
+    ForwardBatch batch{tokens, slices, logit_rows, pool(), kBlockTokens, {}, chosen};
+    Status status = model_.forward(batch, nullptr);
+    EXPECT_TRUE(status.ok()) << status.to_string();
+    return chosen;
+  }
+
+  std::byte* pool() { return pool_->span().data(); }
+  size_t pool_bytes() const { return pool_->span().size(); }
 
  private:
   Model& model_;
-  Buffer pool_;
+  std::unique_ptr<Memory> pool_;
   std::vector<int32_t> free_;
 };
 
@@ -102,15 +118,20 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 class Golden : public testing::TestWithParam<std::tuple<std::string, std::string>> {
  protected:
   void SetUp() override {
-    auto kernels = make_cpu_kernels(std::get<1>(GetParam()), 2);
-    if (!kernels.ok()) GTEST_SKIP() << kernels.status().to_string();
-    kernels_ = std::move(kernels).value();
     const std::filesystem::path folder = kGolden / std::get<0>(GetParam());
     ModelOptions options;
     options.path = folder;
-    auto model = Model::load(options, *kernels_);
-    ASSERT_TRUE(model.ok()) << model.status().to_string();
-    model_ = std::move(model).value();
+    DeviceOptions device;
+    device.device = on_gpu() ? "cuda" : "cpu";
+    if (!on_gpu()) device.isa = std::get<1>(GetParam());
+    device.threads = 2;
+    auto loaded = load_on_device(options, device);
+    if (!loaded.ok() && (loaded.status().code() == StatusCode::kUnavailable || loaded.status().code() == StatusCode::kUnimplemented)) {
+      GTEST_SKIP() << loaded.status().to_string();
+    }
+    ASSERT_TRUE(loaded.ok()) << loaded.status().to_string();
+    device_ = std::move(loaded).value();
+    model_ = device_.model.get();
     auto golden = SafetensorsFile::open(folder / "golden.safetensors");
     ASSERT_TRUE(golden.ok()) << golden.status().to_string();
     golden_.emplace(std::move(golden).value());
@@ -124,8 +145,10 @@ class Golden : public testing::TestWithParam<std::tuple<std::string, std::string
     return values;
   }
 
-  std::unique_ptr<Kernels> kernels_;
-  std::unique_ptr<Model> model_;
+  static bool on_gpu() { return std::get<1>(GetParam()) == "cuda"; }
+
+  DeviceModel device_;
+  Model* model_ = nullptr;
   std::optional<SafetensorsFile> golden_;
 };
 
@@ -141,7 +164,7 @@ TEST_P(Golden, LogitsAreThoseOfTransformers) {
     worst = std::max(worst, error);
   }
   RecordProperty("worst_relative_error", fmt::format("{:.5f}", worst));
-  fmt::print("  {} with {}: largest relative error {:.5f}\n", std::get<0>(GetParam()), kernels_->name(), worst);
+  fmt::print("  {} with {}: largest relative error {:.5f}\n", std::get<0>(GetParam()), device_.name, worst);
 }
 
 TEST_P(Golden, LogitsOfEveryRow) {
@@ -154,6 +177,7 @@ TEST_P(Golden, LogitsOfEveryRow) {
 }
 
 TEST_P(Golden, CutsAndCompanyChangeNoBit) {
+  if (on_gpu()) GTEST_SKIP() << "a GPU's products are not the same at every size of batch";
   std::vector<int32_t> prompt = array<int32_t>("prompt_150"), other = array<int32_t>("prompt_33");
   std::span<const int32_t> all(prompt);
   Runner runner(*model_);
@@ -189,6 +213,58 @@ TEST_P(Golden, CutsAndCompanyChangeNoBit) {
   EXPECT_TRUE(same_bits(row(2), other_whole)) << "whole prompt";
 }
 
+TEST_P(Golden, CutsAndCompanyChangeLittle) {
+  std::vector<int32_t> prompt = array<int32_t>("prompt_150"), other = array<int32_t>("prompt_33");
+  const std::vector<float> want = array<float>("last_logits_150"), other_want = array<float>("last_logits_33");
+  std::span<const int32_t> all(prompt), other_all(other);
+  for (size_t chunk : {size_t{1}, size_t{13}, size_t{16}, size_t{64}, size_t{149}}) {
+    Runner runner(*model_, chunk + 2);
+    std::vector<int32_t> blocks = runner.allocate(prompt.size());
+    std::vector<float> logits;
+    for (size_t at = 0; at < prompt.size(); at += chunk) {
+      const size_t size = std::min(chunk, prompt.size() - at);
+      logits = runner.forward({{all.subspan(at, size), static_cast<int32_t>(at), &blocks}});
+    }
+    EXPECT_LE(relative_error(logits, want), kTolerance) << "in chunks of " << chunk;
+  }
+  Runner mixed(*model_, 99);
+  std::vector<int32_t> a = mixed.allocate(150), b = mixed.allocate(33), c = mixed.allocate(33);
+  mixed.forward({{all.first(100), 0, &a}, {other_all.first(32), 0, &c}});
+  const std::vector<float> logits = mixed.forward({{other_all.last(1), 32, &c}, {all.subspan(100), 100, &a}, {other_all, 0, &b}});
+  const auto vocab = static_cast<size_t>(model_->config().vocab_size);
+  EXPECT_LE(relative_error(std::span(logits).subspan(0, vocab), other_want), kTolerance) << "decode row";
+  EXPECT_LE(relative_error(std::span(logits).subspan(vocab, vocab), want), kTolerance) << "last chunk";
+  EXPECT_LE(relative_error(std::span(logits).subspan(2 * vocab), other_want), kTolerance) << "whole prompt";
+}
+
+/// Sequences that decode together, in batches of many sizes, each beside the other's company.
+TEST_P(Golden, DecodingTogetherIsDecodingAlone) {
+  std::vector<int32_t> prompt = array<int32_t>("prompt_33");
+  const std::vector<float> want = array<float>("last_logits_33");
+  std::span<const int32_t> all(prompt);
+  for (size_t count : {size_t{1}, size_t{2}, size_t{3}, size_t{9}, size_t{17}}) {
+    Runner runner(*model_, count);
+    std::vector<std::vector<int32_t>> blocks;
+    std::vector<Runner::Part> first, last;
+    for (size_t i = 0; i < count; i++) blocks.push_back(runner.allocate(prompt.size()));
+    for (size_t i = 0; i < count; i++) {
+      first.push_back({all.first(32), 0, &blocks[i]});
+      last.push_back({all.last(1), 32, &blocks[i]});
+    }
+    runner.forward(first);
+    const std::vector<float> logits = runner.forward(last);
+    const auto vocab = static_cast<size_t>(model_->config().vocab_size);
+    const auto best = static_cast<int32_t>(std::max_element(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(vocab)) - logits.begin());
+    for (size_t i = 0; i < count; i++) {
+      EXPECT_LE(relative_error(std::span(logits).subspan(i * vocab, vocab), want), kTolerance) << i << " of " << count;
+      EXPECT_EQ(0, std::memcmp(logits.data(), logits.data() + i * vocab, vocab * sizeof(float))) << i << " of " << count;
+    }
+    if (model_->can_choose()) {
+      EXPECT_EQ(runner.choose(last), std::vector<int32_t>(count, best));
+    }
+  }
+}
+
 TEST_P(Golden, GreedyTokensAreThoseOfTransformersWhereItIsSure) {
   std::ifstream file(kGolden / std::get<0>(GetParam()) / "golden.json");
   nlohmann::json golden = nlohmann::json::parse(file);
@@ -217,6 +293,7 @@ TEST_P(Golden, GreedyTokensAreThoseOfTransformersWhereItIsSure) {
 }
 
 TEST_P(Golden, KvOfALayerIsFinalWhenLayerDoneSaysSo) {
+  if (on_gpu()) GTEST_SKIP() << "there it is said by an event, and the memory is the GPU's";
   Runner runner(*model_);
   std::vector<int32_t> prompt = array<int32_t>("prompt_33");
   std::vector<int32_t> blocks = runner.allocate(prompt.size());
@@ -242,6 +319,7 @@ TEST_P(Golden, KvOfALayerIsFinalWhenLayerDoneSaysSo) {
 }
 
 TEST_P(Golden, NoLogitsWantedStillWritesTheCache) {
+  if (on_gpu()) GTEST_SKIP() << "the memory is the GPU's";
   std::vector<int32_t> prompt = array<int32_t>("prompt_33");
   Runner with(*model_), without(*model_);
   std::vector<int32_t> blocks = with.allocate(prompt.size());
@@ -278,7 +356,7 @@ TEST_P(Golden, BadBatchesAreRefused) {
 INSTANTIATE_TEST_SUITE_P(Models, Golden,
                          testing::Combine(testing::Values("qwen3", "qwen2", "qwen2-window", "llama3", "llama-yarn",
                                                           "mistral"),
-                                          testing::Values("plain", "avx2", "avx512bf16")),
+                                          testing::Values("plain", "avx2", "avx512bf16", "cuda")),
                          [](const auto& info) {
                            std::string name = std::get<0>(info.param) + "_" + std::get<1>(info.param);
                            std::replace(name.begin(), name.end(), '-', '_');
