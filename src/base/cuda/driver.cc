@@ -22,6 +22,10 @@ Result<std::shared_ptr<const Driver>> Driver::load(const std::string& path) {
   driver->can_compute &= driver->member != nullptr;
   BATON_CUDA_COMPUTE_FUNCTIONS(BATON_CUDA_FIND)
 #undef BATON_CUDA_FIND
+#define BATON_CUDA_FIND(member, symbol, parameters) \
+  driver->member = reinterpret_cast<decltype(driver->member)>(::dlsym(library, #symbol));
+  BATON_CUDA_TENSOR_MAP_FUNCTIONS(BATON_CUDA_FIND)
+#undef BATON_CUDA_FIND
   BATON_RETURN_IF_ERROR(driver->check(driver->init(0), "cuInit"));
   BATON_RETURN_IF_ERROR(driver->check(driver->driver_version(&driver->version), "cuDriverGetVersion"));
   BATON_RETURN_IF_ERROR(driver->check(driver->device_count(&driver->devices), "cuDeviceGetCount"));

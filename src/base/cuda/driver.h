@@ -56,6 +56,7 @@ struct CUlaunchConfig {
   CUlaunchAttribute* attributes;
   unsigned attribute_count;
 };
+inline constexpr int kTensorMapBf16 = 9, kTensorMapSwizzle128 = 3, kTensorMapPromotion256 = 3;
 inline constexpr int kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2;
 
 // name of the member, exported symbol, parameters
@@ -126,6 +127,12 @@ inline constexpr int kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2;
   X(graph_exec_destroy, cuGraphExecDestroy, (CUgraphExec exec))                                                   \
   X(graph_destroy, cuGraphDestroy, (CUgraph graph))
 
+// Since CUDA 12.0, and null before: descriptors for the copy engine of Hopper and later.
+#define BATON_CUDA_TENSOR_MAP_FUNCTIONS(X)                                                                        \
+  X(tensor_map_encode_tiled, cuTensorMapEncodeTiled,                                                              \
+    (void* map, int data_type, unsigned rank, void* address, const uint64_t* dimensions, const uint64_t* strides, \
+     const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int l2_promotion, int oob_fill))
+
 /// The functions of one libcuda. Immutable once loaded; safe from any thread. The library is never unloaded: its
 /// threads and its state at exit do not survive that.
 class Driver {
@@ -137,6 +144,7 @@ class Driver {
 #define BATON_CUDA_MEMBER(member, symbol, parameters) CUresult(*member) parameters = nullptr;
   BATON_CUDA_FUNCTIONS(BATON_CUDA_MEMBER)
   BATON_CUDA_COMPUTE_FUNCTIONS(BATON_CUDA_MEMBER)
+  BATON_CUDA_TENSOR_MAP_FUNCTIONS(BATON_CUDA_MEMBER)
 #undef BATON_CUDA_MEMBER
 
   int version = 0;  ///< 13000: CUDA 13.0

@@ -35,4 +35,36 @@ constexpr int32_t prefill_shared_bytes(int32_t width) {
   return ((prefill_q_in_registers(width) ? 0 : prefill_rows(width)) + 4 * prefill_keys(width)) * prefill_stride(width) * 2;
 }
 
+/// A CUtensorMap: how the copy engine finds boxes of a tensor.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
+/// For attention_prefill_sm90.cu. Boxes are 64 columns wide, of tensors [blocks, kv_heads, block_tokens, head_dim] and
+/// [rows, heads, head_dim]; columns beyond head_dim read as zeros.
+struct PrefillSm90Arguments {
+  TensorMap k;         // boxes of box_tokens tokens
+  TensorMap v;
+  TensorMap q;         // boxes of kPrefillSm90Rows rows of one head
+  PrefillArguments common;
+  int32_t tile_count;
+  int32_t box_tokens;  // the largest divisor that block_tokens and kPrefillSm90Keys have in common
+};
+
+inline constexpr int32_t kPrefillSm90Widths[] = {64, 96, 128};
+inline constexpr int32_t kPrefillSm90Rows = 128;
+inline constexpr int32_t kPrefillSm90Keys = 128;
+inline constexpr int32_t kPrefillSm90Stages = 2;
+inline constexpr int32_t kPrefillSm90Threads = 384;
+/// Columns and bytes of a panel: what a box fills, or several boxes below each other.
+inline constexpr int32_t kPrefillSm90PanelColumns = 64;
+inline constexpr int32_t kPrefillSm90PanelBytes = 128 * kPrefillSm90PanelColumns * 2;
+constexpr int32_t prefill_sm90_panels(int32_t width) {
+  return (width + kPrefillSm90PanelColumns - 1) / kPrefillSm90PanelColumns;
+}
+/// Q, the stages of K and V, and what aligning them takes.
+constexpr int32_t prefill_sm90_shared_bytes(int32_t width) {
+  return (1 + 2 * kPrefillSm90Stages) * prefill_sm90_panels(width) * kPrefillSm90PanelBytes + 1024;
+}
+
 }  // namespace baton::cuda

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <iterator>
 #include <limits>
+#include <numeric>
+#include <string>
 #include <utility>
 
 #include "base/check.h"
@@ -12,19 +14,25 @@
 namespace baton::cuda {
 namespace {
 
+// A fatbin's bytes, behind a symbol of this file.
+#define BATON_EMBED(symbol, path)                                             \
+  asm(".pushsection .rodata, \"a\", @progbits\n"                             \
+      ".balign 64\n"                                                          \
+      ".hidden " #symbol "\n"                                                 \
+      ".global " #symbol "\n" #symbol ":\n"                                   \
+      ".incbin \"" path "\"\n"                                               \
+      ".balign 64\n"                                                          \
+      ".popsection\n");                                                       \
+  extern "C" const char symbol[]
+
 #ifdef BATON_PREFILL_FATBIN
-asm(".pushsection .rodata, \"a\", @progbits\n"
-    ".balign 64\n"
-    ".hidden baton_attention_prefill_fatbin\n"
-    ".global baton_attention_prefill_fatbin\n"
-    "baton_attention_prefill_fatbin:\n"
-    ".incbin \"" BATON_PREFILL_FATBIN "\"\n"
-    ".balign 64\n"
-    ".popsection\n");
-extern "C" const char baton_attention_prefill_fatbin[];
-const void* kernel_image() { return baton_attention_prefill_fatbin; }
+BATON_EMBED(baton_attention_prefill_fatbin, BATON_PREFILL_FATBIN);
+BATON_EMBED(baton_attention_prefill_sm90_fatbin, BATON_PREFILL_SM90_FATBIN);
+const void* portable_image() { return baton_attention_prefill_fatbin; }
+const void* sm90_image() { return baton_attention_prefill_sm90_fatbin; }
 #else
-const void* kernel_image() { return nullptr; }
+const void* portable_image() { return nullptr; }
+const void* sm90_image() { return nullptr; }
 #endif
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -32,25 +40,47 @@ constexpr int64_t kMaxHeadDim = kPrefillWidths[std::size(kPrefillWidths) - 1];
 constexpr int64_t kMaxHeads = 1024;
 static_assert(sizeof(PrefillTile) == 2 * sizeof(int32_t) && offsetof(PrefillTile, sequence) == 0);
 
-size_t width_index(int32_t head_dim) {
-  const int32_t* width = std::lower_bound(std::begin(kPrefillWidths), std::end(kPrefillWidths), head_dim);
-  BATON_CHECK(head_dim > 0 && width != std::end(kPrefillWidths)) << "head_dim " << head_dim;
-  return static_cast<size_t>(width - std::begin(kPrefillWidths));
+/// The first width that is no narrower; the number of widths when there is none.
+template <size_t N>
+size_t width_index(const int32_t (&widths)[N], int32_t head_dim) {
+  return static_cast<size_t>(std::lower_bound(std::begin(widths), std::end(widths), head_dim) - std::begin(widths));
 }
+
+/// Kernels of one module, one for each width.
+template <size_t N>
+struct Kernels {
+  CUmodule module = nullptr;
+  CUfunction functions[N] = {};
+
+  template <typename SharedBytes>
+  Status load(const Gpu& gpu, const void* image, std::string_view prefix, const int32_t (&widths)[N], SharedBytes shared_bytes) {
+    const Driver& cu = gpu.driver();
+    BATON_RETURN_IF_ERROR(
+        cu.check(cu.module_load(&module, image), fmt::format("loading {} on {}", prefix, gpu.name())));
+    for (size_t i = 0; i < N; ++i) {
+      const std::string name = fmt::format("{}_{}", prefix, widths[i]);
+      BATON_RETURN_IF_ERROR(cu.check(cu.module_function(&functions[i], module, name.c_str()), name));
+      BATON_RETURN_IF_ERROR(cu.check(
+          cu.function_set_attribute(functions[i], kFunctionMaxDynamicSharedBytes, shared_bytes(widths[i])), name));
+    }
+    return {};
+  }
+};
 
 class PagedPrefill final : public PrefillAttention {
  public:
   explicit PagedPrefill(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {}
 
   ~PagedPrefill() override {
-    if (module_ == nullptr) return;
     CurrentDevice current(*gpu_);
-    (void)gpu_->driver().module_unload(module_);
+    for (CUmodule module : {portable_.module, sm90_.module}) {
+      if (module != nullptr) (void)gpu_->driver().module_unload(module);
+    }
   }
 
-  Status load() {
+  Status load(bool portable) {
     const Driver& cu = gpu_->driver();
-    if (kernel_image() == nullptr) {
+    if (portable_image() == nullptr) {
       return unimplemented("this build has no CUDA kernels: nvcc was not found when it was built");
     }
     if (!cu.can_compute) return unavailable("the CUDA driver lacks functions that computing needs; a newer one has them");
@@ -60,22 +90,17 @@ class PagedPrefill final : public PrefillAttention {
     BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
     BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&major, kAttributeComputeMajor, device), "cuDeviceGetAttribute"));
     if (major < 8) return unimplemented("{} is older than sm_80, the first with bf16 tensor cores", gpu_->name());
-    BATON_RETURN_IF_ERROR(cu.check(cu.module_load(&module_, kernel_image()),
-                                   fmt::format("loading the prefill attention on {}", gpu_->name())));
-    for (size_t i = 0; i < std::size(kPrefillWidths); ++i) {
-      const std::string name = fmt::format("baton_attention_prefill_{}", kPrefillWidths[i]);
-      BATON_RETURN_IF_ERROR(cu.check(cu.module_function(&kernels_[i], module_, name.c_str()), name));
-      BATON_RETURN_IF_ERROR(cu.check(cu.function_set_attribute(kernels_[i], kFunctionMaxDynamicSharedBytes,
-                                                               prefill_shared_bytes(kPrefillWidths[i])), name));
-    }
-    return {};
+    BATON_RETURN_IF_ERROR(
+        portable_.load(*gpu_, portable_image(), "baton_attention_prefill", kPrefillWidths, prefill_shared_bytes));
+    if (major != 9 || portable || cu.tensor_map_encode_tiled == nullptr) return {};
+    return sm90_.load(*gpu_, sm90_image(), "baton_attention_prefill_sm90", kPrefillSm90Widths, prefill_sm90_shared_bytes);
   }
 
   Status launch(CUstream stream, const StepView& step, const PrefillTile* tiles, int32_t count, const Attention& args,
                 const DeviceKv& kv) override {
     BATON_CHECK(validate(args.heads, kv.kv_heads, kv.head_dim, kv.block_tokens).ok());
     if (count == 0) return {};
-    BATON_CHECK(count > 0 && count <= std::numeric_limits<int32_t>::max() / args.heads) << count << " tiles";
+    BATON_CHECK(count > 0 && count <= std::numeric_limits<int32_t>::max() / 2 / args.heads) << count << " tiles";
     PrefillArguments arguments{
         .sequences = step.sequences,
         .block_tables = step.block_tables,
@@ -88,19 +113,20 @@ class PagedPrefill final : public PrefillAttention {
         .scale_log2 = args.scale * kLog2E,
         .window = std::max(args.sliding_window, 0),
     };
-    const size_t index = width_index(kv.head_dim);
-    const int32_t width = kPrefillWidths[index];
-    void* parameters[] = {&arguments};
-    const Driver& cu = gpu_->driver();
     CurrentDevice current(*gpu_);
-    return cu.check(cu.launch(kernels_[index], static_cast<unsigned>(count * args.heads), 1, 1,
-                              static_cast<unsigned>(prefill_threads(width)), 1, 1,
-                              static_cast<unsigned>(prefill_shared_bytes(width)), stream, parameters, nullptr),
-                    "launching the prefill attention");
+    if (sm90_.module != nullptr && kv.head_dim <= kPrefillSm90Widths[std::size(kPrefillSm90Widths) - 1]) {
+      return launch_sm90(stream, arguments, count, step.rows);
+    }
+    const size_t index = width_index(kPrefillWidths, kv.head_dim);
+    const int32_t width = kPrefillWidths[index];
+    return launch_kernel(portable_.functions[index], count * args.heads, prefill_threads(width), prefill_shared_bytes(width),
+                         stream, &arguments);
   }
 
   int32_t tile_tokens(int32_t, int32_t, int32_t head_dim) const override {
-    return prefill_rows(kPrefillWidths[width_index(head_dim)]);
+    const size_t index = width_index(kPrefillWidths, head_dim);
+    BATON_CHECK(index < std::size(kPrefillWidths)) << "head_dim " << head_dim;
+    return prefill_rows(kPrefillWidths[index]);
   }
 
   Status validate(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_tokens) const override {
@@ -119,16 +145,61 @@ class PagedPrefill final : public PrefillAttention {
   }
 
  private:
+  Status launch_sm90(CUstream stream, const PrefillArguments& common, int32_t count, int32_t rows) {
+    PrefillSm90Arguments arguments{};
+    const DeviceKv& kv = common.kv;
+    arguments.common = common;
+    arguments.tile_count = count;
+    arguments.box_tokens = std::gcd(kv.block_tokens, kPrefillSm90Keys);
+    const auto row_bytes = static_cast<uint64_t>(kv.head_dim) * 2;
+    // How many blocks the pool has is not known here; the tables name none that it has not.
+    const uint64_t blocks[] = {static_cast<uint64_t>(kv.head_dim), static_cast<uint64_t>(kv.block_tokens),
+                               static_cast<uint64_t>(kv.kv_heads), std::numeric_limits<int32_t>::max()};
+    const uint64_t block_strides[] = {row_bytes, row_bytes * static_cast<uint64_t>(kv.block_tokens),
+                                      static_cast<uint64_t>(kv.block_stride_bytes)};
+    const uint32_t block_box[] = {kPrefillSm90PanelColumns, static_cast<uint32_t>(arguments.box_tokens), 1, 1};
+    BATON_RETURN_IF_ERROR(encode(arguments.k, kv.pool + kv.k_offset_bytes, blocks, block_strides, block_box));
+    BATON_RETURN_IF_ERROR(encode(arguments.v, kv.pool + kv.v_offset_bytes, blocks, block_strides, block_box));
+    const uint64_t queries[] = {static_cast<uint64_t>(kv.head_dim), static_cast<uint64_t>(common.heads),
+                                static_cast<uint64_t>(rows)};
+    const uint64_t query_strides[] = {row_bytes, row_bytes * static_cast<uint64_t>(common.heads)};
+    const uint32_t query_box[] = {kPrefillSm90PanelColumns, 1, kPrefillSm90Rows};
+    BATON_RETURN_IF_ERROR(encode(arguments.q, common.q, queries, query_strides, query_box));
+    const size_t index = width_index(kPrefillSm90Widths, kv.head_dim);
+    return launch_kernel(sm90_.functions[index], std::min(count * common.heads, gpu_->multiprocessors()), kPrefillSm90Threads,
+                         prefill_sm90_shared_bytes(kPrefillSm90Widths[index]), stream, &arguments);
+  }
+
+  template <size_t N>
+  Status encode(TensorMap& map, const void* address, const uint64_t (&dimensions)[N], const uint64_t (&strides)[N - 1],
+                const uint32_t (&box)[N]) {
+    uint32_t element_strides[N];
+    std::fill(std::begin(element_strides), std::end(element_strides), 1u);
+    const Driver& cu = gpu_->driver();
+    return cu.check(cu.tensor_map_encode_tiled(&map, kTensorMapBf16, N, const_cast<void*>(address), dimensions, strides, box,
+                                               element_strides, 0, kTensorMapSwizzle128, kTensorMapPromotion256, 0),
+                    "cuTensorMapEncodeTiled");
+  }
+
+  Status launch_kernel(CUfunction kernel, int32_t blocks, int32_t threads, int32_t shared_bytes, CUstream stream,
+                       void* arguments) {
+    void* parameters[] = {arguments};
+    const Driver& cu = gpu_->driver();
+    return cu.check(cu.launch(kernel, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(threads), 1, 1,
+                              static_cast<unsigned>(shared_bytes), stream, parameters, nullptr),
+                    "launching the prefill attention");
+  }
+
   const std::shared_ptr<const Gpu> gpu_;
-  CUmodule module_ = nullptr;
-  CUfunction kernels_[std::size(kPrefillWidths)] = {};
+  Kernels<std::size(kPrefillWidths)> portable_;
+  Kernels<std::size(kPrefillSm90Widths)> sm90_;  // empty: not this GPU
 };
 
 }  // namespace
 
-Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(std::shared_ptr<const Gpu> gpu) {
+Result<std::unique_ptr<PrefillAttention>> PrefillAttention::create(std::shared_ptr<const Gpu> gpu, bool portable) {
   auto attention = std::make_unique<PagedPrefill>(std::move(gpu));
-  BATON_RETURN_IF_ERROR(attention->load());
+  BATON_RETURN_IF_ERROR(attention->load(portable));
   return std::unique_ptr<PrefillAttention>(std::move(attention));
 }
 

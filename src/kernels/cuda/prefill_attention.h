@@ -15,8 +15,9 @@ namespace baton::cuda {
 /// computed in, nor on other sequences.
 class PrefillAttention {
  public:
-  /// unimplemented: built without nvcc, or a GPU older than sm_80; unavailable: the driver refuses.
-  static Result<std::unique_ptr<PrefillAttention>> create(std::shared_ptr<const Gpu> gpu);
+  /// unimplemented: built without nvcc, or a GPU older than sm_80; unavailable: the driver refuses. `portable`: the
+  /// kernels that every GPU has, where there are faster ones, too (tests, benchmarks).
+  static Result<std::unique_ptr<PrefillAttention>> create(std::shared_ptr<const Gpu> gpu, bool portable = false);
   virtual ~PrefillAttention() = default;
 
   /// Puts attention of `count` tiles on `stream`. `tiles`: device memory; one that lies outside its sequence's rows, or whose

@@ -236,7 +236,8 @@ class PrefillCase {
   DeviceMemory device_pool_;
 };
 
-class PrefillAttentionTest : public ::testing::Test {
+/// The parameter: kernels that every GPU has, or the fastest that this one has.
+class PrefillAttentionTest : public ::testing::TestWithParam<bool> {
  protected:
   void SetUp() override {
     auto driver = Driver::load("");
@@ -244,7 +245,7 @@ class PrefillAttentionTest : public ::testing::Test {
     auto gpu = Gpu::open(*driver, 0);
     if (!gpu.ok()) GTEST_SKIP() << gpu.status().to_string();
     gpu_ = *gpu;
-    auto attention = PrefillAttention::create(gpu_);
+    auto attention = PrefillAttention::create(gpu_, GetParam());
     if (!attention.ok() && attention.status().code() == StatusCode::kUnimplemented) {
       GTEST_SKIP() << attention.status().to_string();
     }
@@ -269,31 +270,31 @@ class PrefillAttentionTest : public ::testing::Test {
   std::unique_ptr<PrefillAttention> attention_;
 };
 
-TEST_F(PrefillAttentionTest, SmallCase) {
+TEST_P(PrefillAttentionTest, SmallCase) {
   expect_right({.heads = 2, .kv_heads = 1, .sequences = {{150, 37}, {1, 0}}});
 }
 
-TEST_F(PrefillAttentionTest, EveryWidth) {
+TEST_P(PrefillAttentionTest, EveryWidth) {
   for (int32_t head_dim : {8, 16, 24, 32, 40, 64, 72, 80, 96, 112, 120, 128, 160, 192, 248, 256}) {
     expect_right({.head_dim = head_dim, .sequences = {{131, 0}, {65, 200}}});
   }
 }
 
-TEST_F(PrefillAttentionTest, OddLengthsAndPrefixes) {
+TEST_P(PrefillAttentionTest, OddLengthsAndPrefixes) {
   for (int32_t head_dim : {64, 128}) {
     expect_right({.head_dim = head_dim,
                   .sequences = {{1, 0}, {2, 127}, {127, 1}, {128, 128}, {129, 127}, {1, 300}, {64, 64}, {255, 513}, {33, 31}}});
   }
 }
 
-TEST_F(PrefillAttentionTest, Windows) {
+TEST_P(PrefillAttentionTest, Windows) {
   for (int32_t window : {1, 2, 16, 63, 64, 65, 128, 129, 200, 1000}) {
     expect_right({.head_dim = 128, .window = window, .sequences = {{300, 0}, {140, 333}}});
     expect_right({.head_dim = 64, .window = window, .sequences = {{290, 65}}});
   }
 }
 
-TEST_F(PrefillAttentionTest, GroupsAndBlockSizes) {
+TEST_P(PrefillAttentionTest, GroupsAndBlockSizes) {
   for (int32_t block_tokens : {8, 16, 24, 32, 48, 64, 128, 256}) {
     expect_right({.heads = 3, .kv_heads = 3, .block_tokens = block_tokens, .sequences = {{200, 77}, {70, 0}}});
   }
@@ -302,12 +303,12 @@ TEST_F(PrefillAttentionTest, GroupsAndBlockSizes) {
   }
 }
 
-TEST_F(PrefillAttentionTest, LongContext) {
+TEST_P(PrefillAttentionTest, LongContext) {
   expect_right({.heads = 2, .kv_heads = 1, .sequences = {{1100, 3000}, {2100, 0}}}, 97);
   expect_right({.heads = 2, .kv_heads = 1, .window = 700, .sequences = {{1100, 3000}}}, 97);
 }
 
-TEST_F(PrefillAttentionTest, ARowsBitsDoNotDependOnTheChunkOrTheBatch) {
+TEST_P(PrefillAttentionTest, ARowsBitsDoNotDependOnTheChunkOrTheBatch) {
   for (int32_t head_dim : {64, 80, 128, 256}) {
     for (int32_t window : {0, 100}) {
       PrefillCase test(gpu_, *attention_, {.head_dim = head_dim, .window = window, .sequences = {{700, 0}, {300, 123}}}, 3);
@@ -327,13 +328,16 @@ TEST_F(PrefillAttentionTest, ARowsBitsDoNotDependOnTheChunkOrTheBatch) {
   }
 }
 
-TEST_F(PrefillAttentionTest, ShapesItCannotDoAreRefused) {
+TEST_P(PrefillAttentionTest, ShapesItCannotDoAreRefused) {
   EXPECT_EQ(attention_->validate(32, 8, 260, 16).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(attention_->validate(32, 8, 100, 16).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(attention_->validate(32, 5, 128, 16).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(attention_->validate(32, 8, 128, 12).code(), StatusCode::kInvalidArgument);
   EXPECT_TRUE(attention_->validate(32, 8, 128, 16).ok());
 }
+
+INSTANTIATE_TEST_SUITE_P(Kernels, PrefillAttentionTest, ::testing::Bool(),
+                         [](const auto& kind) { return kind.param ? "portable" : "fastest"; });
 
 }  // namespace
 }  // namespace baton::cuda

@@ -1,0 +1,413 @@
+#include <cuda_bf16.h>
+
+#include "kernels/cuda/prefill_arguments.h"
+#include "kernels/cuda/sm90.cuh"
+
+/// Causal attention of query tiles over a paged cache on Hopper. What it computes, and that a row's bits depend on nothing but
+/// its own sequence, is as in attention_prefill.cu.
+///
+/// A thread block stays for the whole launch and takes items (a tile and a head) in turn. Warpgroup 0 brings Q, K and V into
+/// shared memory with the copy engine, a box per cache block, two key tiles ahead. Warpgroups 1 and 2 have 64 query rows
+/// each: while one turns scores into weights, the other one's products keep the tensor cores busy (they hand each other
+/// the turn), and inside a warpgroup the scores of the next key tile are computed beside weights times V of this one.
+///
+///   full_*  counts the copied bytes         waited for by the consumers
+///   empty_* counts the consumers' 8 warps   waited for by the producer
+namespace {
+
+using namespace baton::cuda;
+using namespace baton::cuda::sm90;
+
+constexpr int kRows = kPrefillSm90Rows;
+constexpr int kKeys = kPrefillSm90Keys;
+constexpr int kStages = kPrefillSm90Stages;
+constexpr int kPanelBytes = kPrefillSm90PanelBytes;
+constexpr int kConsumers = 256;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+static_assert(kRows == 128 && kKeys == 128, "a panel has 128 rows, a consumer 64 of them");
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
+/// A place in a ring of stages, and the parity of its barrier's phase.
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Barriers {
+  uint64_t full_q, empty_q;
+  uint64_t full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages];
+};
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/// What an item asks for; `tiles` 0: nothing.
+struct Item {
+  int32_t head, first_row, tokens, first_pos, table_offset;
+  int32_t first_key;  // a multiple of kKeys
+  int32_t tiles;      // of keys
+  __device__ __forceinline__ int32_t key_end() const { return first_pos + tokens; }
+};
+
+/// The item of a round. Blocks take turns in going first: tiles come longest first, so the sums come out even.
+__device__ __forceinline__ bool find_item(const PrefillSm90Arguments& a, int32_t round, Item& item) {
+  const int32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  const int32_t index = round * gridDim.x + place;
+  item.tiles = 0;
+  if (round * gridDim.x >= a.tile_count * a.common.heads) return false;
+  if (index >= a.tile_count * a.common.heads) return true;
+  const int32_t tile = index / a.common.heads;
+  item.head = index % a.common.heads;
+  const int32_t sequence_index = a.common.tiles[2 * tile];
+  const int32_t token_begin = a.common.tiles[2 * tile + 1];
+  if (sequence_index < 0 || sequence_index >= a.common.sequences_count) return true;
+  const DeviceSequence sequence = a.common.sequences[sequence_index];
+  if (token_begin >= sequence.rows) return true;
+  item.first_row = sequence.first_row + token_begin;
+  item.tokens = min(kRows, sequence.rows - token_begin);
+  item.first_pos = sequence.start_pos + token_begin;
+  item.table_offset = sequence.table_offset;
+  item.first_key = a.common.window > 0 ? max(0, item.first_pos - a.common.window + 1) / kKeys * kKeys : 0;
+  item.tiles = (item.key_end() - item.first_key + kKeys - 1) / kKeys;
+  return true;
+}
+
+template <int Width>
+struct Shared {
+  static constexpr int kPanels = prefill_sm90_panels(Width);
+  static constexpr int kTileBytes = kPanels * kPanelBytes;
+  static constexpr int kQ = 0, kK = kTileBytes, kV = kK + kStages * kTileBytes;
+};
+
+/// One warp. Cache blocks (or parts of them) that hold tokens of the sequence; the others' rows stay as they are.
+template <int Width>
+__device__ __forceinline__ void load_keys(const PrefillSm90Arguments& a, const Item& item, const TensorMap& map, int32_t tile,
+                                          uint32_t to, uint32_t full, uint32_t empty, uint32_t parity) {
+  using S = Shared<Width>;
+  const int lane = threadIdx.x % 32;
+  const int32_t key = item.first_key + tile * kKeys + lane * a.box_tokens;
+  const bool valid = lane * a.box_tokens < kKeys && key < item.key_end();
+  const int32_t place = key / a.common.kv.block_tokens;
+  const int32_t block = valid ? a.common.block_tables[item.table_offset + place] : 0;
+  const int32_t kv_head = item.head / (a.common.heads / a.common.kv.kv_heads);
+  const int boxes = __popc(__ballot_sync(0xffffffffu, valid)) * S::kPanels;
+  barrier_wait(empty, parity ^ 1);
+  if (lane == 0) barrier_expect(full, boxes * a.box_tokens * kPrefillSm90PanelColumns * 2);
+  __syncwarp();
+  if (valid) {
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; ++panel) {
+      copy_box_4d(to + panel * kPanelBytes + lane * a.box_tokens * kPrefillSm90PanelColumns * 2, &map, full,
+                  panel * kPrefillSm90PanelColumns, key - place * a.common.kv.block_tokens, kv_head, block);
+    }
+  }
+}
+
+template <int Width>
+__device__ __forceinline__ void produce(const PrefillSm90Arguments& a, Barriers& barriers, uint32_t shared) {
+  using S = Shared<Width>;
+  Place k, v;
+  uint32_t q_parity = 0;
+  Item item;
+  for (int32_t round = 0; find_item(a, round, item); ++round) {
+    if (item.tiles == 0) continue;
+    barrier_wait(shared_address(&barriers.empty_q), q_parity ^ 1);
+    q_parity ^= 1;
+    if (threadIdx.x == 0) {
+      const uint32_t full = shared_address(&barriers.full_q);
+      barrier_expect(full, S::kTileBytes);
+#pragma unroll
+      for (int panel = 0; panel < S::kPanels; ++panel) {
+        copy_box_3d(shared + S::kQ + panel * kPanelBytes, &a.q, full, panel * kPrefillSm90PanelColumns, item.head,
+                    item.first_row);
+      }
+    }
+    __syncwarp();
+    // In the order in which they are used: V of a tile after K of the next.
+    for (int32_t tile = 0; tile <= item.tiles; ++tile) {
+      if (tile < item.tiles) {
+        load_keys<Width>(a, item, a.k, tile, shared + S::kK + k.stage * S::kTileBytes, shared_address(&barriers.full_k[k.stage]),
+                         shared_address(&barriers.empty_k[k.stage]), k.parity);
+        k.advance();
+      }
+      if (tile > 0) {
+        load_keys<Width>(a, item, a.v, tile - 1, shared + S::kV + v.stage * S::kTileBytes,
+                         shared_address(&barriers.full_v[v.stage]), shared_address(&barriers.empty_v[v.stage]), v.parity);
+        v.advance();
+      }
+    }
+  }
+}
+
+/// 64 query rows of a tile: a thread has two of them, 8 apart, and of these two columns of every eight.
+template <int Width>
+class Rows {
+ public:
+  using S = Shared<Width>;
+  static constexpr int kScores = kKeys / 2, kOutputs = Width / 2;
+
+  __device__ __forceinline__ Rows(const PrefillSm90Arguments& a, Barriers& barriers, uint32_t shared, int consumer)
+      : a_(a.common), barriers_(barriers), shared_(shared), consumer_(consumer) {
+    warp_ = threadIdx.x / 32 % 4;
+    lane_ = threadIdx.x % 32;
+    q_descriptor_ = k_major(shared + S::kQ + consumer * (kPanelBytes / 2));
+  }
+
+  __device__ __forceinline__ void compute(const Item& item) {
+    first_pos_ = item.first_pos + consumer_ * 64;
+    maximum_[0] = maximum_[1] = -INFINITY;
+    sum_[0] = sum_[1] = 0.0f;
+    float s[kScores], o[kOutputs];
+    uint32_t p[kKeys / 16 * 4];
+
+    barrier_wait(shared_address(&barriers_.full_q), q_parity_);
+    q_parity_ ^= 1;
+    barrier_wait(shared_address(&barriers_.full_k[k_.stage]), k_.parity);
+    scores(s);
+    multiply_wait<0>();
+    pin(s);
+    release(barriers_.empty_k[k_.stage]);
+    k_.advance();
+    if (item.tiles == 1) release(barriers_.empty_q);
+    mask(s, item.first_key);
+    float correction[2];
+    weigh(s, correction);
+    to_bf16(s, p);
+
+    for (int32_t tile = 1; tile < item.tiles; ++tile) {
+      barrier_wait(shared_address(&barriers_.full_k[k_.stage]), k_.parity);
+      named_sync(1 + consumer_, kConsumers);
+      scores(s);
+      barrier_wait(shared_address(&barriers_.full_v[v_.stage]), v_.parity);
+      weighted_sum(p, o, tile > 1);
+      named_arrive(2 - consumer_, kConsumers);
+      multiply_wait<1>();
+      pin(s);
+      release(barriers_.empty_k[k_.stage]);
+      k_.advance();
+      if (tile + 1 == item.tiles) release(barriers_.empty_q);
+      mask(s, item.first_key + tile * kKeys);
+      weigh(s, correction);
+      multiply_wait<0>();
+      pin(o);
+      pin(p);
+      release(barriers_.empty_v[v_.stage]);
+      v_.advance();
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
+      to_bf16(s, p);
+    }
+
+    barrier_wait(shared_address(&barriers_.full_v[v_.stage]), v_.parity);
+    const int32_t keys = item.key_end() - item.first_key - (item.tiles - 1) * kKeys;
+    if (keys < kKeys) clear_v(keys);
+    weighted_sum(p, o, item.tiles > 1);
+    multiply_wait<0>();
+    pin(o);
+    release(barriers_.empty_v[v_.stage]);
+    v_.advance();
+    store(item, o);
+  }
+
+ private:
+  __device__ __forceinline__ void release(uint64_t& barrier) {
+    if (lane_ == 0) barrier_arrive(shared_address(&barrier));
+  }
+
+  /// S = Q K^T, in the background.
+  __device__ __forceinline__ void scores(float (&s)[kScores]) {
+    const uint64_t k = k_major(shared_ + S::kK + k_.stage * S::kTileBytes);
+    pin(s);
+    multiply_begin();
+#pragma unroll
+    for (int step = 0; step < Width / 16; ++step) {
+      const uint32_t offset = (step / 4 * kPanelBytes + step % 4 * 32) >> 4;
+      multiply_shared<kKeys>(s, q_descriptor_ + offset, k + offset, step > 0);
+    }
+    multiply_commit();
+  }
+
+  /// O (+)= P V, in the background.
+  __device__ __forceinline__ void weighted_sum(uint32_t (&p)[kKeys / 16 * 4], float (&o)[kOutputs], bool add) {
+    const uint64_t v = n_major(shared_ + S::kV + v_.stage * S::kTileBytes, kPanelBytes);
+    pin(o);
+    pin(p);
+    multiply_begin();
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      multiply_registers<Width>(o, p + step * 4, v + ((step * 2048) >> 4), step > 0 || add);
+    }
+    multiply_commit();
+  }
+
+  __device__ __forceinline__ void mask(float (&s)[kScores], int32_t first_key) {
+    const bool future = first_key + kKeys - 1 > first_pos_;
+    const bool past = a_.window > 0 && first_key <= first_pos_ + 63 - a_.window;
+    if (!future && !past) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t last = first_pos_ + warp_ * 16 + lane_ / 4 + r * 8 - first_key - lane_ % 4 * 2;
+      const int32_t before = a_.window > 0 ? last - a_.window : -1;
+#pragma unroll
+      for (int i = 0; i < kScores / 2; ++i) {
+        const int32_t column = i / 2 * 8 + i % 2;
+        float& score = s[i / 2 * 4 + r * 2 + i % 2];
+        if (column > last || column <= before) score = -INFINITY;
+      }
+    }
+  }
+
+  /// Scores become weights relative to the new maximum; `correction`: what weights so far have to be multiplied by.
+  __device__ __forceinline__ void weigh(float (&s)[kScores], float (&correction)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = maximum_[r];
+#pragma unroll
+      for (int i = 0; i < kScores / 4; ++i) largest = fmaxf(largest, fmaxf(s[i * 4 + r * 2], s[i * 4 + r * 2 + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+      // Exactly 1 when the maximum stays: a product fused with this difference would not give 0.
+      const float finite = largest == -INFINITY ? 0.0f : largest;
+      correction[r] = exp2_fast((maximum_[r] - finite) * a_.scale_log2);
+      maximum_[r] = largest;
+      const float reference = finite * a_.scale_log2;
+      float sum = sum_[r] * correction[r];
+#pragma unroll
+      for (int i = 0; i < kScores / 4; ++i) {
+        float& x = s[i * 4 + r * 2];
+        float& y = s[i * 4 + r * 2 + 1];
+        x = exp2_fast(fmaf(x, a_.scale_log2, -reference));
+        y = exp2_fast(fmaf(y, a_.scale_log2, -reference));
+        sum += x + y;
+      }
+      sum_[r] = sum;
+    }
+  }
+
+  __device__ __forceinline__ void to_bf16(const float (&s)[kScores], uint32_t (&p)[kKeys / 16 * 4]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 16 * 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
+  }
+
+  /// Rows of V behind the sequence's last token: weights of 0 do not help against a NaN that lies there. Both consumers write the
+  /// same zeros.
+  __device__ __forceinline__ void clear_v(int32_t keys) {
+    const uint32_t v = shared_ + S::kV + v_.stage * S::kTileBytes;
+    const int words = (kKeys - keys) * 8;  // of 16 bytes, per panel
+    for (int i = threadIdx.x % 128; i < words * S::kPanels; i += 128) {
+      const uint32_t to = v + i / words * kPanelBytes + keys * 128 + i % words * 16;
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+    }
+    fence_shared_proxy();
+    named_sync(3 + consumer_, 128);
+  }
+
+  __device__ __forceinline__ void store(const Item& item, float (&o)[kOutputs]) {
+    const int quad = lane_ % 4;
+    const int64_t row_stride = static_cast<int64_t>(a_.heads) * a_.kv.head_dim;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = sum_[r];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float inverse = 1.0f / sum;
+      const int32_t row = consumer_ * 64 + warp_ * 16 + lane_ / 4 + r * 8;
+      uint16_t* out = a_.out + (static_cast<int64_t>(item.first_row) + row) * row_stride + item.head * a_.kv.head_dim;
+#pragma unroll
+      for (int group = 0; group < Width / 32; ++group) {
+        // Four threads have two columns each of four times eight: a transposition gives each one of the eights.
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = (group * 4 + i) * 4 + r * 2;
+          w[i] = pack(o[at] * inverse, o[at + 1] * inverse);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const uint32_t got = __shfl_xor_sync(0xffffffffu, quad & 1 ? w[i] : w[i + 1], 1);
+          (quad & 1 ? w[i] : w[i + 1]) = got;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t got = __shfl_xor_sync(0xffffffffu, quad & 2 ? w[i] : w[i + 2], 2);
+          (quad & 2 ? w[i] : w[i + 2]) = got;
+        }
+        const int32_t column = (group * 4 + quad) * 8;
+        if (row < item.tokens && column < a_.kv.head_dim) {
+          *reinterpret_cast<uint4*>(out + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
+    }
+  }
+
+  const PrefillArguments& a_;
+  Barriers& barriers_;
+  const uint32_t shared_;
+  const int consumer_;
+  int warp_, lane_;
+  uint64_t q_descriptor_;
+  Place k_, v_;
+  uint32_t q_parity_ = 0;
+  int32_t first_pos_;
+  float maximum_[2], sum_[2];
+};
+
+template <int Width>
+__device__ __forceinline__ void attend(const PrefillSm90Arguments& a) {
+  extern __shared__ unsigned char dynamic_shared[];
+  __shared__ Barriers barriers;
+  const uint32_t shared = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
+  if (threadIdx.x == 0) {
+    barrier_init(shared_address(&barriers.full_q), 1);
+    barrier_init(shared_address(&barriers.empty_q), kConsumers / 32);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(shared_address(&barriers.full_k[i]), 1);
+      barrier_init(shared_address(&barriers.full_v[i]), 1);
+      barrier_init(shared_address(&barriers.empty_k[i]), kConsumers / 32);
+      barrier_init(shared_address(&barriers.empty_v[i]), kConsumers / 32);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    registers_down<kProducerRegisters>();
+    if (threadIdx.x < 32) produce<Width>(a, barriers, shared);
+  } else {
+    registers_up<kConsumerRegisters>();
+    const int consumer = warpgroup - 1;
+    if (consumer == 1) named_arrive(1, kConsumers);
+    Rows<Width> rows(a, barriers, shared, consumer);
+    Item item;
+    for (int32_t round = 0; find_item(a, round, item); ++round) {
+      if (item.tiles > 0) rows.compute(item);
+    }
+  }
+}
+
+}  // namespace
+
+#define BATON_PREFILL_SM90_KERNEL(width)                                                      \
+  extern "C" __global__ void __launch_bounds__(kPrefillSm90Threads, 1)                        \
+      baton_attention_prefill_sm90_##width(const __grid_constant__ PrefillSm90Arguments a) {  \
+    attend<width>(a);                                                                         \
+  }
+BATON_PREFILL_SM90_KERNEL(64)
+BATON_PREFILL_SM90_KERNEL(96)
+BATON_PREFILL_SM90_KERNEL(128)
