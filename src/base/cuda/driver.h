@@ -38,6 +38,7 @@ inline constexpr unsigned kHostAllocPortable = 1, kHostAllocDeviceMap = 2;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kIpcLazyEnablePeerAccess = 1;
 inline constexpr int kAttributeComputeMajor = 75, kAttributeComputeMinor = 76;
+inline constexpr int kAttributeSharedBytesOptIn = 97;
 inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
 inline constexpr unsigned kEventDefault = 0, kEventDisableTiming = 2;
 inline constexpr int kLaunchProgrammaticSerialization = 6;

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+/// What several kernels need. Device code only.
+namespace baton::cuda {
+
+__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+__device__ __forceinline__ uint16_t to_bf16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+
+/// The sum over `width` neighbouring lanes (a power of two), the same bits in all of them.
+__device__ __forceinline__ float group_sum(float value, int width) {
+  for (int step = width / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+}  // namespace baton::cuda
