@@ -70,7 +70,9 @@ Status EngineConfig::validate() const {
   BATON_RETURN_IF_ERROR(check_setting("block_tokens", block_tokens, 1, 4096));
   BATON_RETURN_IF_ERROR(check_setting("kv_blocks", kv_blocks, 0, std::numeric_limits<BlockId>::max()));
   BATON_RETURN_IF_ERROR(check_setting("kv_bytes", kv_bytes, 0, kMaxKvBytes));
-  BATON_RETURN_IF_ERROR(check_setting("max_batched_tokens", max_batched_tokens, block_tokens, kMillion));
+  if (max_batched_tokens != 0) {
+    BATON_RETURN_IF_ERROR(check_setting("max_batched_tokens", max_batched_tokens, block_tokens, kMillion));
+  }
   BATON_RETURN_IF_ERROR(check_setting("max_running", max_running, 1, 65536));
   BATON_RETURN_IF_ERROR(check_setting("max_waiting", max_waiting, 1, kMillion));
   // 2^26 positions: far beyond any model, and sums of lengths stay far below 2^31.

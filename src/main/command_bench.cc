@@ -78,7 +78,7 @@ void add_bench_engine(CommandLine& line, CLI::App& bench) {
   };
   auto command = std::make_shared<Command>();
   command->model.load_format = "dummy";
-  command->engine.max_batched_tokens = 512;
+  command->engine.max_batched_tokens = 0;
   ops::BenchEngineOptions& o = command->options;
   CLI::App* app = bench.add_subcommand("engine", "Prefill and decode speed beside this machine's limits.");
   command->model.add_to(*app);

@@ -26,15 +26,18 @@ class EngineBench {
     config.block_tokens = options_.block_tokens;
     config.max_batched_tokens = options_.max_batched_tokens;
     config.prefix_cache = false;
+    const BlockLayout layout = model_.layout(config.block_tokens);
     int64_t longest = 1, sequences = 1;
-    for (int32_t tokens : options_.prefill_tokens) longest = std::max<int64_t>(longest, tokens + 1);
-    for (int32_t context : options_.decode_contexts) longest = std::max<int64_t>(longest, context + options_.decode_tokens + 1);
     for (int32_t batch : options_.decode_batches) sequences = std::max<int64_t>(sequences, batch);
+    for (int32_t context : options_.decode_contexts) longest = std::max<int64_t>(longest, context + options_.decode_tokens + 1);
+    config.kv_blocks = sequences * (layout.tokens_to_blocks(longest) + 1);
+    for (int32_t tokens : options_.prefill_tokens) {
+      longest = std::max<int64_t>(longest, tokens + 1);
+      config.kv_blocks = std::max(config.kv_blocks, layout.tokens_to_blocks(tokens + 1) + 1);
+    }
     if (longest > model_.config().max_position_embeddings) {
       return invalid_argument("{} tokens were asked for; the model's limit is {}", longest, model_.config().max_position_embeddings);
     }
-    BlockLayout layout = model_.layout(config.block_tokens);
-    config.kv_blocks = sequences * (layout.tokens_to_blocks(longest) + 1);
     BATON_ASSIGN_OR_RETURN(engine_, Engine::create(config, model_));
     return {};
   }

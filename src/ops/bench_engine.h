@@ -21,7 +21,7 @@ struct BenchEngineOptions {
   int32_t runs = 5;
   DeviceOptions device;
   int32_t block_tokens = 16;
-  int32_t max_batched_tokens = 512;
+  int32_t max_batched_tokens = 0;  ///< 0: what suits the device
 
   Status validate() const;
 };

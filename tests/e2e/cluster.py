@@ -6,12 +6,15 @@ import os
 import pathlib
 import re
 import select
+import shlex
 import signal
 import subprocess
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BATON = os.environ.get("BATON", str(ROOT / "build" / "release" / "baton"))
+# Further arguments of every `baton serve`: "--device cuda:0" runs these tests on a GPU.
+ARGUMENTS = shlex.split(os.environ.get("BATON_SERVE_ARGUMENTS", ""))
 DEMO = ROOT / "models" / "demo"
 GOLDEN = ROOT / "tests" / "golden" / "models"
 
@@ -32,7 +35,7 @@ class Cluster:
     """A running `baton serve`. Use as a context manager."""
 
     def __init__(self, *arguments, model=None, ready_timeout_s=60, environment=None):
-        command = [BATON, "serve", "--port", "0", *[str(a) for a in arguments]]
+        command = [BATON, "serve", "--port", "0", *ARGUMENTS, *[str(a) for a in arguments]]
         if model is not None:
             command += ["--model", str(model)]
         self.log = []
