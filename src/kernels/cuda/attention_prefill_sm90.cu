@@ -203,13 +203,18 @@ class Rows {
       if (tile + 1 == item.tiles) release(barriers_.empty_q);
       mask(s, item.first_key + tile * kKeys);
       weigh(s, correction);
+      // O is multiplied by 1 mostly: a maximum that stands for long is found early. That the vote asks for the sums, which are
+      // never negative, has it wait for the weights: ptxas would put computing them behind the wait for the product.
+      const bool rescale = __any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f);
       multiply_wait<0>();
       pin(o);
       pin(p);
       release(barriers_.empty_v[v_.stage]);
       v_.advance();
+      if (rescale) {
 #pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
+        for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
+      }
       to_bf16(s, p);
     }
 
