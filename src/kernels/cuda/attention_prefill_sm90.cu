@@ -206,15 +206,18 @@ class Rows {
       // O is multiplied by 1 mostly: a maximum that stands for long is found early. That the vote asks for the sums, which are
       // never negative, has it wait for the weights: ptxas would put computing them behind the wait for the product.
       const bool rescale = __any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f);
-      multiply_wait<0>();
+      if (rescale) {
+        asm volatile("wgmma.wait_group.sync.aligned 0;  // and rescale" ::: "memory");
+        pin(o);
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
+      } else {
+        multiply_wait<0>();
+      }
       pin(o);
       pin(p);
       release(barriers_.empty_v[v_.stage]);
       v_.advance();
-      if (rescale) {
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
-      }
       to_bf16(s, p);
     }
 
