@@ -1,7 +1,8 @@
 // How fast prefill attention is on a GPU, in TFLOP/s of the products that causality and the window leave (4 * head_dim per
 // visible pair of query and key and head). bench/attention_baseline.py measures what PyTorch has for the same shapes.
 //
-//   cuda_prefill_bench [--device 0] [--rounds 20] [--peak-tflops 989] [--cuda-library libcuda.so.1]
+//   cuda_prefill_bench [--device 0] [--rounds 20] [--peak-tflops 989] [--filter text] [--portable 1]
+//                      [--cuda-library libcuda.so.1]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <numeric>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/check.h"
@@ -157,22 +159,26 @@ double pairs(const Case& c) {
 int main(int argc, char** argv) {
   int device = 0, rounds = 20;
   double peak = 989;
-  std::string library;
+  bool portable = false;
+  std::string library, filter;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--device") == 0) device = std::atoi(argv[i + 1]);
     if (std::strcmp(argv[i], "--rounds") == 0) rounds = std::max(1, std::atoi(argv[i + 1]));
     if (std::strcmp(argv[i], "--peak-tflops") == 0) peak = std::atof(argv[i + 1]);
+    if (std::strcmp(argv[i], "--filter") == 0) filter = argv[i + 1];
+    if (std::strcmp(argv[i], "--portable") == 0) portable = std::atoi(argv[i + 1]) != 0;
     if (std::strcmp(argv[i], "--cuda-library") == 0) library = argv[i + 1];
   }
   auto driver = Driver::load(library);
   check(driver.status());
   auto gpu = Gpu::open(*driver, device);
   check(gpu.status());
-  auto attention = PrefillAttention::create(*gpu);
+  auto attention = PrefillAttention::create(*gpu, portable);
   check(attention.status());
   std::printf("%s; median of %d, blocks of %d tokens, peak %.0f TFLOP/s\n", (*gpu)->name().c_str(), rounds, kBlockTokens, peak);
   std::printf("%-32s %10s %10s %9s %9s\n", "", "median ms", "best ms", "TFLOP/s", "of peak");
   for (const Case& c : kCases) {
+    if (std::string_view(c.name).find(filter) == std::string_view::npos) continue;
     const Timing t = measure(*gpu, **attention, c, rounds);
     const double tflops = 4.0 * c.head_dim * c.heads * pairs(c) / (t.median_ms * 1e9);
     std::printf("%-32s %10.4f %10.4f %9.1f %8.1f%%\n", c.name, t.median_ms, t.best_ms, tflops, tflops / peak * 100);

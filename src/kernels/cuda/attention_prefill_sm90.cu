@@ -7,7 +7,7 @@
 /// its own sequence, is as in attention_prefill.cu.
 ///
 /// A thread block stays for the whole launch and takes items (a tile and a head) in turn. Warpgroup 0 brings Q, K and V into
-/// shared memory with the copy engine, a box per cache block, two key tiles ahead. Warpgroups 1 and 2 have 64 query rows
+/// shared memory with the copy engine, a box per cache block and panel, two key tiles ahead. Warpgroups 1 and 2 have 64 query rows
 /// each: while one turns scores into weights, the other one's products keep the tensor cores busy (they hand each other
 /// the turn), and inside a warpgroup the scores of the next key tile are computed beside weights times V of this one.
 ///
@@ -23,7 +23,7 @@ constexpr int kKeys = kPrefillSm90Keys;
 constexpr int kStages = kPrefillSm90Stages;
 constexpr int kPanelBytes = kPrefillSm90PanelBytes;
 constexpr int kConsumers = 256;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kRows == 128 && kKeys == 128, "a panel has 128 rows, a consumer 64 of them");
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -94,63 +94,88 @@ struct Shared {
   static constexpr int kQ = 0, kK = kTileBytes, kV = kK + kStages * kTileBytes;
 };
 
-/// One warp. Cache blocks (or parts of them) that hold tokens of the sequence; the others' rows stay as they are.
+/// One warp's way through K or V, a key tile after the other. Only boxes that hold tokens of the sequence are copied; the
+/// other rows stay as they are. Everything but the copy is the same in all lanes, so that it lives in uniform registers.
 template <int Width>
-__device__ __forceinline__ void load_keys(const PrefillSm90Arguments& a, const Item& item, const TensorMap& map, int32_t tile,
-                                          uint32_t to, uint32_t full, uint32_t empty, uint32_t parity) {
+class KeyLoader {
+ public:
   using S = Shared<Width>;
-  const int lane = threadIdx.x % 32;
-  const int32_t key = item.first_key + tile * kKeys + lane * a.box_tokens;
-  const bool valid = lane * a.box_tokens < kKeys && key < item.key_end();
-  const int32_t place = key / a.common.kv.block_tokens;
-  const int32_t block = valid ? a.common.block_tables[item.table_offset + place] : 0;
-  const int32_t kv_head = item.head / (a.common.heads / a.common.kv.kv_heads);
-  const int boxes = __popc(__ballot_sync(0xffffffffu, valid)) * S::kPanels;
-  barrier_wait(empty, parity ^ 1);
-  if (lane == 0) barrier_expect(full, boxes * a.box_tokens * kPrefillSm90PanelColumns * 2);
-  __syncwarp();
-  if (valid) {
+  __device__ __forceinline__ KeyLoader(const PrefillSm90Arguments& a, const TensorMap& map, uint64_t* full, uint64_t* empty,
+                                       uint32_t to)
+      : a_(a), map_(map), full_(shared_address(full)), empty_(shared_address(empty)), to_(to) {}
+
+  __device__ __forceinline__ void load(const Item& item) {
+    const int32_t box_tokens = a_.box_tokens, block_tokens = a_.common.kv.block_tokens;
+    const uint32_t box_bytes = box_tokens * kPrefillSm90PanelColumns * 2;
+    const int32_t kv_head = item.head / (a_.common.heads / a_.common.kv.kv_heads);
+    const int32_t* table = a_.common.block_tables + item.table_offset + item.first_key / block_tokens;
+    int32_t token = item.first_key % block_tokens;
+    int32_t left = (item.key_end() - item.first_key + box_tokens - 1) / box_tokens;
+    while (left > 0) {
+      const int32_t boxes = min(left, kKeys / box_tokens);
+      left -= boxes;
+      barrier_wait(empty_ + place_.stage * 8, place_.parity ^ 1);
+      const uint32_t full = full_ + place_.stage * 8;
+      if (threadIdx.x % 32 == 0) barrier_expect(full, boxes * S::kPanels * box_bytes);
+      __syncwarp();
+      uint32_t to = to_ + place_.stage * S::kTileBytes;
+#pragma unroll 1
+      for (int32_t box = 0; box < boxes; ++box, to += box_bytes) {
+        const int32_t block = *table;
+        if (threadIdx.x % 32 == 0) {
 #pragma unroll
-    for (int panel = 0; panel < S::kPanels; ++panel) {
-      copy_box_4d(to + panel * kPanelBytes + lane * a.box_tokens * kPrefillSm90PanelColumns * 2, &map, full,
-                  panel * kPrefillSm90PanelColumns, key - place * a.common.kv.block_tokens, kv_head, block);
+          for (int panel = 0; panel < S::kPanels; ++panel) {
+            copy_box_4d(to + panel * kPanelBytes, &map_, full, panel * kPrefillSm90PanelColumns, token, kv_head, block);
+          }
+        }
+        token += box_tokens;
+        if (token == block_tokens) {
+          token = 0;
+          ++table;
+        }
+      }
+      place_.advance();
     }
   }
+
+ private:
+  const PrefillSm90Arguments& a_;
+  const TensorMap& map_;
+  const uint32_t full_, empty_, to_;
+  Place place_;
+};
+
+template <int Width>
+__device__ __forceinline__ void load_q(const PrefillSm90Arguments& a, const Item& item, Barriers& barriers, uint32_t to,
+                                       uint32_t parity) {
+  using S = Shared<Width>;
+  barrier_wait(shared_address(&barriers.empty_q), parity ^ 1);
+  if (threadIdx.x % 32 == 0) {
+    const uint32_t full = shared_address(&barriers.full_q);
+    barrier_expect(full, S::kTileBytes);
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; ++panel) {
+      copy_box_3d(to + panel * kPanelBytes, &a.q, full, panel * kPrefillSm90PanelColumns, item.head, item.first_row);
+    }
+  }
+  __syncwarp();
 }
 
+/// Warp 0 brings Q and K, warp 1 brings V.
 template <int Width>
 __device__ __forceinline__ void produce(const PrefillSm90Arguments& a, Barriers& barriers, uint32_t shared) {
   using S = Shared<Width>;
-  Place k, v;
+  const int warp = threadIdx.x / 32;
+  if (warp > 1) return;
+  KeyLoader<Width> loader(a, warp == 0 ? a.k : a.v, warp == 0 ? barriers.full_k : barriers.full_v,
+                          warp == 0 ? barriers.empty_k : barriers.empty_v, shared + (warp == 0 ? S::kK : S::kV));
   uint32_t q_parity = 0;
   Item item;
   for (int32_t round = 0; find_item(a, round, item); ++round) {
     if (item.tiles == 0) continue;
-    barrier_wait(shared_address(&barriers.empty_q), q_parity ^ 1);
+    if (warp == 0) load_q<Width>(a, item, barriers, shared + S::kQ, q_parity);
     q_parity ^= 1;
-    if (threadIdx.x == 0) {
-      const uint32_t full = shared_address(&barriers.full_q);
-      barrier_expect(full, S::kTileBytes);
-#pragma unroll
-      for (int panel = 0; panel < S::kPanels; ++panel) {
-        copy_box_3d(shared + S::kQ + panel * kPanelBytes, &a.q, full, panel * kPrefillSm90PanelColumns, item.head,
-                    item.first_row);
-      }
-    }
-    __syncwarp();
-    // In the order in which they are used: V of a tile after K of the next.
-    for (int32_t tile = 0; tile <= item.tiles; ++tile) {
-      if (tile < item.tiles) {
-        load_keys<Width>(a, item, a.k, tile, shared + S::kK + k.stage * S::kTileBytes, shared_address(&barriers.full_k[k.stage]),
-                         shared_address(&barriers.empty_k[k.stage]), k.parity);
-        k.advance();
-      }
-      if (tile > 0) {
-        load_keys<Width>(a, item, a.v, tile - 1, shared + S::kV + v.stage * S::kTileBytes,
-                         shared_address(&barriers.full_v[v.stage]), shared_address(&barriers.empty_v[v.stage]), v.parity);
-        v.advance();
-      }
-    }
+    loader.load(item);
   }
 }
 
@@ -203,13 +228,21 @@ class Rows {
       if (tile + 1 == item.tiles) release(barriers_.empty_q);
       mask(s, item.first_key + tile * kKeys);
       weigh(s, correction);
-      multiply_wait<0>();
+      // O is multiplied by 1 mostly: a maximum that stands for long is found early. That the vote asks for the sums, which are
+      // never negative, has it wait for the weights: ptxas would put computing them behind the wait for the product.
+      const bool rescale = __any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f);
+      if (rescale) {
+        asm volatile("wgmma.wait_group.sync.aligned 0;  // and rescale" ::: "memory");
+        pin(o);
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
+      } else {
+        multiply_wait<0>();
+      }
       pin(o);
       pin(p);
       release(barriers_.empty_v[v_.stage]);
       v_.advance();
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
       to_bf16(s, p);
     }
 
@@ -388,7 +421,7 @@ __device__ __forceinline__ void attend(const PrefillSm90Arguments& a) {
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     registers_down<kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Width>(a, barriers, shared);
+    produce<Width>(a, barriers, shared);
   } else {
     registers_up<kConsumerRegisters>();
     const int consumer = warpgroup - 1;
