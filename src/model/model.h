@@ -75,6 +75,8 @@ class Model {
   virtual std::string device_name() const { return {}; }
   /// How fast its device reads memory, measured now (under a second): what bounds decoding.
   virtual Result<double> measure_read_bytes_per_s() = 0;
+  /// The same of pieces of its memory that lie apart; 0: it is the same.
+  virtual double measure_piecewise_read_bytes_per_s(std::span<const std::span<const std::byte>>) { return 0; }
   /// Rows a step should have at most, where nothing else is said.
   virtual int32_t usual_batched_tokens() const { return 512; }
 

@@ -107,6 +107,10 @@ Result<double> Transformer::measure_read_bytes_per_s() {
   return gbps * 1e9;
 }
 
+double Transformer::measure_piecewise_read_bytes_per_s(std::span<const std::span<const std::byte>> pieces) {
+  return measure_piecewise_read_gbps(kernels_.threads(), pieces, 2) * 1e9;
+}
+
 void Transformer::embed(const ForwardBatch& batch) {
   const auto rows = static_cast<int64_t>(batch.tokens.size());
   if (weights_.embed.data() == nullptr) {

@@ -41,6 +41,7 @@ class Transformer final : public Model {
   int32_t max_model_len() const override { return max_model_len_; }
   Status forward(const ForwardBatch& batch, float* logits) override;
   Result<double> measure_read_bytes_per_s() override;
+  double measure_piecewise_read_bytes_per_s(std::span<const std::span<const std::byte>> pieces) override;
 
  private:
   struct Workspace {

@@ -94,10 +94,29 @@ class EngineBench {
 
   /// Bytes that a decode step must read: all weights once, and each sequence's KV.
   double decode_bytes(int32_t batch, int32_t context) const {
+    return static_cast<double>(model_.weight_bytes()) + kv_bytes(batch, context);
+  }
+  double kv_bytes(int32_t batch, int32_t context) const {
     BlockLayout layout = model_.layout(options_.block_tokens);
     double kv_token_bytes = static_cast<double>(layout.block_bytes()) / layout.block_tokens;
     double mean_context = context + options_.decode_tokens / 2.0;
-    return static_cast<double>(model_.weight_bytes()) + batch * mean_context * kv_token_bytes;
+    return batch * mean_context * kv_token_bytes;
+  }
+
+  /// The KV cache of a decode step where it lies: a layer of a block is one piece. Bytes per second of nothing but loads; 0: not
+  /// measured.
+  double kv_read_bandwidth(int32_t batch, int32_t context) {
+    const BlockLayout& layout = engine_->layout();
+    const std::span<std::byte> pool = engine_->kv_pool();
+    const int64_t blocks = std::min(batch * layout.tokens_to_blocks(context), engine_->config().kv_blocks);
+    pieces_.clear();
+    for (int64_t layer = 0; layer < layout.layers; ++layer) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t at = block * layout.block_bytes() + layout.layer_offset_bytes(static_cast<int32_t>(layer));
+        pieces_.push_back(pool.subspan(static_cast<size_t>(at), static_cast<size_t>(layout.layer_bytes())));
+      }
+    }
+    return model_.measure_piecewise_read_bytes_per_s(pieces_);
   }
 
   /// Bytes per second; far more bytes than the last-level cache holds, few passes, since it runs around each run.
@@ -109,6 +128,7 @@ class EngineBench {
   const BenchEngineOptions& options_;
   Model& model_;
   std::unique_ptr<Engine> engine_;
+  std::vector<std::span<const std::byte>> pieces_;
   Random random_{7};
   uint64_t next_id_ = 1;
   int64_t last_full_ns_ = 0;
@@ -152,14 +172,14 @@ Result<BenchEngineResult> run_bench_engine(const BenchEngineOptions& options) {
       BATON_ASSIGN_OR_RETURN(double seconds, bench.prefill(tokens));
       if (run > 0) speeds.push_back(tokens / seconds);  // the first run warms up
     }
-    BenchEngineRow row{"prefill", tokens, 1, median(speeds), 0, 0, 0, 0};
+    BenchEngineRow row{"prefill", tokens, 1, median(speeds), 0, 0, 0, 0, 0};
     std::tie(row.min_tokens_per_s, row.max_tokens_per_s) =
         std::pair(*std::min_element(speeds.begin(), speeds.end()), *std::max_element(speeds.begin(), speeds.end()));
     result.rows.push_back(row);
   }
   for (int32_t context : options.decode_contexts) {
     for (int32_t batch : options.decode_batches) {
-      std::vector<double> speeds, shares, limits;
+      std::vector<double> speeds, shares, limits, piecewise;
       for (int32_t run = 0; run <= options.runs; ++run) {
         // The limit is measured before and after each run: neighbours change what the memory gives.
         BATON_ASSIGN_OR_RETURN(double before, bench.read_bandwidth());
@@ -172,9 +192,14 @@ Result<BenchEngineResult> run_bench_engine(const BenchEngineOptions& options) {
         limits.push_back(limit);
         speeds.push_back(batch / seconds);
         shares.push_back(speeds.back() / limit);
+        if (const double kv_bandwidth = bench.kv_read_bandwidth(batch, context); kv_bandwidth > 0) {
+          const double weights_s = static_cast<double>(model->weight_bytes()) / bandwidth;
+          piecewise.push_back(1.0 / (seconds / (weights_s + bench.kv_bytes(batch, context) / std::min(kv_bandwidth, bandwidth))));
+        }
       }
       BenchEngineRow row{"decode", context, batch, median(speeds), *std::min_element(speeds.begin(), speeds.end()),
-                         *std::max_element(speeds.begin(), speeds.end()), median(limits), median(shares)};
+                         *std::max_element(speeds.begin(), speeds.end()), median(limits), median(shares),
+                         piecewise.empty() ? 0 : median(piecewise)};
       result.rows.push_back(row);
     }
   }
@@ -188,14 +213,17 @@ std::string bench_engine_table(const BenchEngineResult& result) {
   if (result.read_bytes_per_s > 0) {
     out += fmt::format("memory limit: reading at {:.1f} GB/s, measured around each decode run\n", result.read_bytes_per_s * 1e-9);
   }
-  out += fmt::format("\n{:<10}{:>9}{:>7}{:>12}{:>22}{:>12}{:>10}\n", "", "tokens", "batch", "tok/s", "min .. max", "limit", "of limit");
+  out += fmt::format("\n{:<10}{:>9}{:>7}{:>12}{:>22}{:>12}{:>10}{:>14}\n", "", "tokens", "batch", "tok/s", "min .. max", "limit", "of limit",
+                     "of bare loads");
   for (const BenchEngineRow& row : result.rows) {
     out += fmt::format("{:<10}{:>9}{:>7}{:>12.1f}{:>22}", row.what, row.tokens, row.batch, row.tokens_per_s,
                        fmt::format("{:.1f} .. {:.1f}", row.min_tokens_per_s, row.max_tokens_per_s));
     if (row.limit_tokens_per_s > 0) out += fmt::format("{:>12.1f}{:>9.0f}%", row.limit_tokens_per_s, 100 * row.share);
+    if (row.bare_share > 0) out += fmt::format("{:>13.0f}%", 100 * row.bare_share);
     out += '\n';
   }
-  return out + fmt::format("medians of {} runs\n", result.options.runs);
+  return out + fmt::format("medians of {} runs. limit: weights and KV cache as one stream; bare loads: the same bytes where they lie, read by\n"
+                           "a loop with nothing around it (the KV cache is in pieces, one for each block and layer)\n", result.options.runs);
 }
 
 std::string bench_engine_json(const BenchEngineResult& result) {
@@ -203,7 +231,7 @@ std::string bench_engine_json(const BenchEngineResult& result) {
   for (const BenchEngineRow& row : result.rows) {
     rows.push_back({{"what", row.what}, {"tokens", row.tokens}, {"batch", row.batch}, {"tokens_per_s", row.tokens_per_s},
                     {"min_tokens_per_s", row.min_tokens_per_s}, {"max_tokens_per_s", row.max_tokens_per_s},
-                    {"limit_tokens_per_s", row.limit_tokens_per_s}, {"share_of_limit", row.share}});
+                    {"limit_tokens_per_s", row.limit_tokens_per_s}, {"share_of_limit", row.share}, {"share_of_bare_loads", row.bare_share}});
   }
   nlohmann::ordered_json out = {{"model", result.model}, {"kernels", result.kernels}, {"threads", result.threads},
                                 {"weight_bytes", result.weight_bytes}, {"load_s", result.load_s},

@@ -34,6 +34,7 @@ struct BenchEngineRow {
   double min_tokens_per_s = 0, max_tokens_per_s = 0;
   double limit_tokens_per_s = 0;   ///< from the limit measured next to it; 0: none
   double share = 0;                ///< median of the ratios to the limit, run by run
+  double bare_share = 0;           ///< the same, to loads of the same bytes where they lie; 0: not measured
 };
 
 struct BenchEngineResult {

@@ -59,15 +59,15 @@ Result<double> measure_read_gbps(ThreadPool& threads, size_t bytes, int repeats)
   return measure_read_gbps(threads, {&region, 1}, repeats);
 }
 
-double measure_read_gbps(ThreadPool& threads, std::span<const std::span<const std::byte>> regions, int repeats) {
+namespace {
+
+/// `share(thread, threads)` reads that thread's part and returns something that depends on it.
+double best_gbps(ThreadPool& threads, std::span<const std::span<const std::byte>> regions, int repeats,
+                 const std::function<uint64_t(size_t thread, size_t threads)>& share) {
   std::atomic<uint64_t> sink{0};
   const auto read = [&](int thread, int count) {
-    uint64_t seen = 0;
-    for (const std::span<const std::byte> region : regions) {
-      const size_t lines = region.size() / 64, n = static_cast<size_t>(count), i = static_cast<size_t>(thread);
-      seen |= read_range(region.data() + lines * i / n * 64, region.data() + lines * (i + 1) / n * 64);
-    }
-    sink.fetch_or(seen, std::memory_order_relaxed);  // or the compiler would see that nobody wants to know
+    // Kept, or the compiler would see that nobody wants to know.
+    sink.fetch_or(share(static_cast<size_t>(thread), static_cast<size_t>(count)), std::memory_order_relaxed);
   };
   size_t bytes = 0;
   for (const std::span<const std::byte> region : regions) bytes += region.size() / 64 * 64;
@@ -79,6 +79,29 @@ double measure_read_gbps(ThreadPool& threads, std::span<const std::span<const st
     best = std::max(best, static_cast<double>(bytes) / std::max(took.count(), 1e-9) / 1e9);
   }
   return best;
+}
+
+}  // namespace
+
+double measure_read_gbps(ThreadPool& threads, std::span<const std::span<const std::byte>> regions, int repeats) {
+  return best_gbps(threads, regions, repeats, [&](size_t thread, size_t count) {
+    uint64_t seen = 0;
+    for (const std::span<const std::byte> region : regions) {
+      const size_t lines = region.size() / 64;
+      seen |= read_range(region.data() + lines * thread / count * 64, region.data() + lines * (thread + 1) / count * 64);
+    }
+    return seen;
+  });
+}
+
+double measure_piecewise_read_gbps(ThreadPool& threads, std::span<const std::span<const std::byte>> pieces, int repeats) {
+  return best_gbps(threads, pieces, repeats, [&](size_t thread, size_t count) {
+    uint64_t seen = 0;
+    for (size_t i = pieces.size() * thread / count; i < pieces.size() * (thread + 1) / count; ++i) {
+      seen |= read_range(pieces[i].data(), pieces[i].data() + pieces[i].size() / 64 * 64);
+    }
+    return seen;
+  });
 }
 
 }  // namespace baton

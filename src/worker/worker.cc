@@ -53,6 +53,9 @@ class WorkerImpl final : public Worker {
     BATON_ASSIGN_OR_RETURN(engine_, Engine::create(config_.engine, *model));
     transfer::AgentConfig agent_config = config_.transfer;
     agent_config.name = config_.name;
+    // So few thread blocks leave the GPU to computing, and are nearly as fast.
+    constexpr uint32_t kCopyCtas = 16;
+    if (agent_config.cuda_max_ctas == 0) agent_config.cuda_max_ctas = kCopyCtas;
     BATON_ASSIGN_OR_RETURN(agent_, transfer::Agent::create(agent_config));
     const auto kind = engine_->kv_place() == MemoryPlace::kCuda ? transfer::MemoryKind::kCuda : transfer::MemoryKind::kHost;
     BATON_ASSIGN_OR_RETURN(auto region, agent_->register_memory(engine_->kv_pool(), kind));
