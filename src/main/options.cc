@@ -104,6 +104,8 @@ void EngineFlags::add_to(CLI::App& command) {
       ->capture_default_str()->group("Engine");
   command.add_option("--gpu-memory-utilization", gpu_memory_utilization, "share of a GPU's memory that a worker may take")
       ->check(CLI::Range(0.01, 1.0))->capture_default_str()->group("Engine");
+  command.add_flag("--batch-invariant", batch_invariant,
+                   "on a GPU: the same tokens whatever else is computed, as on the CPU; slower")->group("Engine");
   command.add_option("--isa", isa, "auto, avx512bf16, avx2 or plain")->capture_default_str()->group("Engine");
 }
 
@@ -120,6 +122,7 @@ std::vector<std::string> EngineFlags::arguments() const {
   push(out, "--device", device, defaults.device);
   push(out, "--gpu-memory-utilization", gpu_memory_utilization, defaults.gpu_memory_utilization);
   if (no_prefix_cache) out.push_back("--no-prefix-cache");
+  if (batch_invariant) out.push_back("--batch-invariant");
   return out;
 }
 
@@ -129,6 +132,7 @@ DeviceOptions EngineFlags::device_options() const {
   out.isa = isa;
   out.threads = threads;
   out.gpu_memory_utilization = gpu_memory_utilization;
+  out.batch_invariant = batch_invariant;
   return out;
 }
 

@@ -37,6 +37,7 @@ struct EngineFlags {
   std::string isa = "auto";
   std::string device = "auto";
   double gpu_memory_utilization = 0.9;
+  bool batch_invariant = false;
 
   void add_to(CLI::App& command);
   std::vector<std::string> arguments() const;

@@ -25,6 +25,7 @@ Result<DeviceModel> load_on_gpu(const ModelOptions& options, const DeviceOptions
   cuda.ordinal = ordinal;
   cuda.memory_utilization = device.gpu_memory_utilization;
   cuda.threads = device.threads;
+  cuda.batch_invariant = device.batch_invariant;
   DeviceModel out;
   BATON_ASSIGN_OR_RETURN(out.model, load_cuda_model(options, cuda));
   out.name = out.model->device_name();

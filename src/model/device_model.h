@@ -15,6 +15,7 @@ struct DeviceOptions {
   std::string isa = "auto";            ///< of the CPU: "auto", "avx512bf16", "avx2", "plain"
   int32_t threads = 0;                 ///< as for ThreadPool
   double gpu_memory_utilization = 0.9; ///< share of the GPU's memory that this process may take
+  bool batch_invariant = false;        ///< on a GPU: CudaOptions has what it means; the CPU always is
 
   Status validate() const;
 };

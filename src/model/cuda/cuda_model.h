@@ -11,6 +11,9 @@ struct CudaOptions {
   int32_t ordinal = 0;              ///< of the devices that CUDA_VISIBLE_DEVICES leaves
   /// Share of the GPU's memory that may be in use when the KV pool is taken, everything counted.
   double memory_utilization = 0.9;
+  /// Every row of every result has the same bits whatever else is in the batch and however a prompt was cut, as on the CPU. Costs
+  /// speed, most of all at long contexts with few sequences.
+  bool batch_invariant = false;
   int32_t threads = 0;              ///< that convert weights; as for ThreadPool
   std::string driver_library = {};  ///< empty: libcuda.so.1
   std::string blas_library = {};    ///< empty: libcublasLt.so.13 or .12

@@ -233,7 +233,7 @@ Status CudaTransformer::forward(const ForwardBatch& batch, float* logits) {
   if (is_decode(batch)) {
     BATON_RETURN_IF_ERROR(decode_step(batch));
   } else {
-    const StepPlan plan = mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile);
+    const StepPlan plan = mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile, parts_.batch_invariant);
     BATON_RETURN_IF_ERROR(mixed_step_.send(stream_));
     BATON_RETURN_IF_ERROR(launch(plan, batch));
   }
@@ -242,7 +242,7 @@ Status CudaTransformer::forward(const ForwardBatch& batch, float* logits) {
 
 bool CudaTransformer::is_decode(const ForwardBatch& batch) const {
   return batch.sequences.size() == batch.tokens.size() && batch.logit_rows.size() == batch.tokens.size() &&
-         batch.tokens.size() <= kMaxGraphRows && !batch.layer_done;
+         batch.tokens.size() <= kMaxGraphRows && !batch.layer_done && !parts_.batch_invariant;
 }
 
 Status CudaTransformer::decode_step(const ForwardBatch& batch) {
@@ -251,7 +251,7 @@ Status CudaTransformer::decode_step(const ForwardBatch& batch) {
     graphs_pool_ = batch.kv_pool;
     graphs_block_tokens_ = batch.block_tokens;
   }
-  const StepPlan plan = decode_step_.build(batch, graph_rows(static_cast<int32_t>(batch.tokens.size())), 1);
+  const StepPlan plan = decode_step_.build(batch, graph_rows(static_cast<int32_t>(batch.tokens.size())), 1, false);
   BATON_RETURN_IF_ERROR(decode_step_.send(stream_));
   BATON_ASSIGN_OR_RETURN(cuda::CUgraphExec exec, decode_graph(plan, batch));
   return check(parts_.gpu->driver().graph_launch(exec, stream_), "cuGraphLaunch");
@@ -289,6 +289,16 @@ Status CudaTransformer::product(const CudaMatrix& weight, int64_t rows, LinearOu
   return parts_.linear->product(stream_, {rows, weight.out_features, weight.in_features, output}, x, weight.data, y);
 }
 
+Status CudaTransformer::normed_product(const float* x, int64_t rows, const CudaVector& norm, const CudaMatrix& weight,
+                                       LinearOutput output, void* y) {
+  const cuda::LinearShape shape{rows, weight.out_features, weight.in_features, output};
+  if (parts_.linear->supports_fused(shape)) {
+    return parts_.linear->normed_product(stream_, shape, {x, norm.data, config_.rms_norm_eps}, weight.data, y);
+  }
+  BATON_RETURN_IF_ERROR(parts_.kernels->rms_norm(stream_, x, rows, weight.in_features, norm.data, config_.rms_norm_eps, work_.normed));
+  return product(weight, rows, output, work_.normed, y);
+}
+
 Status CudaTransformer::attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv) {
   if (plan.decodes) {
     BATON_RETURN_IF_ERROR(parts_.kernels->attention_decode(stream_, plan.step, 0, plan.step.sequences_count, args, kv, work_.decode));
@@ -298,20 +308,22 @@ Status CudaTransformer::attend(const StepPlan& plan, const cuda::Attention& args
 }
 
 Status CudaTransformer::mlp(const CudaLayer& layer, float* x, int64_t rows) {
-  BATON_RETURN_IF_ERROR(parts_.kernels->rms_norm(stream_, x, rows, config_.hidden_size, layer.post_attention_norm.data,
-                                                 config_.rms_norm_eps, work_.normed));
-  BATON_RETURN_IF_ERROR(product(layer.gate_up.weight, rows, LinearOutput::kBf16, work_.normed, work_.gate_up));
-  BATON_RETURN_IF_ERROR(parts_.kernels->silu_mul(stream_, work_.gate_up, layer.gate_up.bias.data, rows,
-                                                 config_.intermediate_size, work_.act));
+  const cuda::LinearShape gate_up{rows, layer.gate_up.weight.out_features, layer.gate_up.weight.in_features, LinearOutput::kBf16};
+  if (layer.gate_up.bias.data == nullptr && gate_up.out_features % 16 == 0 && parts_.linear->supports_fused(gate_up)) {
+    BATON_RETURN_IF_ERROR(parts_.linear->normed_silu_product(stream_, gate_up, {x, layer.post_attention_norm.data, config_.rms_norm_eps},
+                                                             layer.gate_up.weight.data, work_.act));
+  } else {
+    BATON_RETURN_IF_ERROR(normed_product(x, rows, layer.post_attention_norm, layer.gate_up.weight, LinearOutput::kBf16, work_.gate_up));
+    BATON_RETURN_IF_ERROR(parts_.kernels->silu_mul(stream_, work_.gate_up, layer.gate_up.bias.data, rows,
+                                                   config_.intermediate_size, work_.act));
+  }
   BATON_RETURN_IF_ERROR(product(layer.down.weight, rows, LinearOutput::kAddFloat, work_.act, x));
   if (layer.down.bias.data == nullptr) return {};
   return parts_.kernels->add_bias(stream_, x, rows, config_.hidden_size, layer.down.bias.data);
 }
 
 Status CudaTransformer::head(const float* x, int64_t rows) {
-  BATON_RETURN_IF_ERROR(parts_.kernels->rms_norm(stream_, x, rows, config_.hidden_size, parts_.weights.final_norm.data,
-                                                 config_.rms_norm_eps, work_.normed));
-  BATON_RETURN_IF_ERROR(product(parts_.weights.lm_head, rows, LinearOutput::kFloat, work_.normed, work_.logits));
+  BATON_RETURN_IF_ERROR(normed_product(x, rows, parts_.weights.final_norm, parts_.weights.lm_head, LinearOutput::kFloat, work_.logits));
   return parts_.kernels->argmax(stream_, work_.logits, rows, config_.vocab_size, work_.chosen);
 }
 
@@ -335,9 +347,7 @@ Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) 
     const CudaLayer& layer = parts_.weights.layers[static_cast<size_t>(l)];
     kv.k_offset_bytes = layout.layer_offset_bytes(l);
     kv.v_offset_bytes = kv.k_offset_bytes + layout.plane_bytes();
-    BATON_RETURN_IF_ERROR(kernels.rms_norm(stream_, work_.x, rows, config_.hidden_size, layer.input_norm.data,
-                                           config_.rms_norm_eps, work_.normed));
-    BATON_RETURN_IF_ERROR(product(layer.qkv.weight, rows, LinearOutput::kBf16, work_.normed, work_.qkv));
+    BATON_RETURN_IF_ERROR(normed_product(work_.x, rows, layer.input_norm, layer.qkv.weight, LinearOutput::kBf16, work_.qkv));
     rope.bias = layer.qkv.bias.data;
     rope.q_norm = layer.q_norm.data;
     rope.k_norm = layer.k_norm.data;
@@ -362,7 +372,9 @@ Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) 
                                                 plan.kept_rows, left, x));
       BATON_RETURN_IF_ERROR(kernels.gather_rows(stream_, work_.q, q_bytes, plan.kept_rows, left, work_.kept_q));
       args.q = work_.kept_q;
-      BATON_RETURN_IF_ERROR(kernels.attention_decode(stream_, plan.kept, 0, plan.kept.rows, args, kv, work_.decode));
+      BATON_RETURN_IF_ERROR(parts_.batch_invariant
+                                ? kernels.attention_prefill(stream_, plan.kept, plan.kept_tiles, plan.kept.rows, args, kv)
+                                : kernels.attention_decode(stream_, plan.kept, 0, plan.kept.rows, args, kv, work_.decode));
     } else {
       BATON_RETURN_IF_ERROR(attend(plan, args, kv));
     }
@@ -424,6 +436,7 @@ Result<std::unique_ptr<Model>> load_cuda_model(const ModelOptions& options, cons
   parts.config = std::move(files.config);
   parts.max_model_len = files.max_model_len;
   parts.memory_utilization = cuda.memory_utilization;
+  parts.batch_invariant = cuda.batch_invariant;
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, CudaTransformer::create(std::move(parts), rope));
   return model;
 }

@@ -23,6 +23,7 @@ class CudaTransformer final : public Model {
     std::string model_id;
     int32_t max_model_len = 0;
     double memory_utilization = 0.9;
+    bool batch_invariant = false;
     std::shared_ptr<const cuda::Gpu> gpu;
     std::unique_ptr<cuda::CudaKernels> kernels;
     std::unique_ptr<cuda::CudaLinear> linear;
@@ -78,6 +79,8 @@ class CudaTransformer final : public Model {
   Result<cuda::CUgraphExec> decode_graph(const StepPlan& plan, const ForwardBatch& batch);
   Status launch(const StepPlan& plan, const ForwardBatch& batch);
   Status attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv);
+  /// y = bf16(norm(x)) W^T, in one kernel where there are few rows.
+  Status normed_product(const float* x, int64_t rows, const CudaVector& norm, const CudaMatrix& weight, cuda::LinearOutput output, void* y);
   Status mlp(const CudaLayer& layer, float* x, int64_t rows);
   Status head(const float* x, int64_t rows);
   Status product(const CudaMatrix& weight, int64_t rows, cuda::LinearOutput output, const bf16* x, void* y);

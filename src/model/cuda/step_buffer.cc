@@ -28,8 +28,8 @@ Result<StepBuffer> StepBuffer::create(std::shared_ptr<const cuda::Gpu> gpu, Step
   StepBuffer buffer;
   buffer.gpu_ = std::move(gpu);
   buffer.capacity_ = capacity;
-  const auto bytes = static_cast<size_t>(capacity.rows * 12 + capacity.sequences * 16 + capacity.logit_rows * 24 +
-                                         capacity.tiles * 8 + capacity.table_entries * 4) + 10 * kAlignment;
+  const auto bytes = static_cast<size_t>(capacity.rows * 12 + capacity.sequences * 16 + capacity.logit_rows * 32 +
+                                         capacity.tiles * 8 + capacity.table_entries * 4) + 11 * kAlignment;
   BATON_ASSIGN_OR_RETURN(buffer.host_, cuda::PinnedMemory::allocate(buffer.gpu_, bytes));
   BATON_ASSIGN_OR_RETURN(buffer.device_, cuda::DeviceMemory::allocate(buffer.gpu_, bytes));
   size_t at = 0;
@@ -41,6 +41,7 @@ Result<StepBuffer> StepBuffer::create(std::shared_ptr<const cuda::Gpu> gpu, Step
   buffer.kept_positions_ = buffer.array<int32_t>(&at, capacity.logit_rows);
   buffer.kept_sequences_ = buffer.array<cuda::DeviceSequence>(&at, capacity.logit_rows);
   buffer.tiles_ = buffer.array<cuda::PrefillTile>(&at, capacity.tiles);
+  buffer.kept_tiles_ = buffer.array<cuda::PrefillTile>(&at, capacity.logit_rows);
   buffer.table_begin_ = at;
   buffer.tables_ = buffer.array<int32_t>(&at, capacity.table_entries);
   BATON_CHECK(at <= bytes) << at << " of " << bytes;
@@ -59,7 +60,7 @@ StepCapacity StepBuffer::measure(const ForwardBatch& batch, int32_t tile_tokens)
   return out;
 }
 
-StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32_t tile_tokens) {
+StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32_t tile_tokens, bool only_tiles) {
   const auto rows = static_cast<int32_t>(batch.tokens.size()), sequences = static_cast<int32_t>(batch.sequences.size());
   const int32_t unused = padded_rows - rows;
   StepPlan plan;
@@ -70,6 +71,7 @@ StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32
   if (plan.keeps_all) plan.kept = plan.step;
   plan.kept_rows = kept_rows_.device;
   plan.tiles = tiles_.device;
+  plan.kept_tiles = kept_tiles_.device;
 
   std::copy(batch.tokens.begin(), batch.tokens.end(), tokens_.host);
   int32_t entries = 0;
@@ -89,11 +91,13 @@ StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32
         kept_rows_.host[kept] = row;
         kept_positions_.host[kept] = position;
         kept_sequences_.host[kept] = {static_cast<int32_t>(kept), 1, position, entries};
+        kept_tiles_.host[kept] = {static_cast<int32_t>(kept), 0};
         ++kept;
       }
     }
-    if (slice.rows == 1) plan.decodes = true;
-    for (int32_t begin = 0; slice.rows > 1 && begin < slice.rows; begin += tile_tokens) {
+    const bool decode = slice.rows == 1 && !only_tiles;
+    if (decode) plan.decodes = true;
+    for (int32_t begin = 0; !decode && begin < slice.rows; begin += tile_tokens) {
       tiles[static_cast<size_t>(plan.tile_count++)] = {s, begin};
     }
     entries += blocks;

@@ -30,6 +30,7 @@ struct StepPlan {
   bool decodes = false;                      ///< some sequence has one row
   const cuda::PrefillTile* tiles = nullptr;  ///< of the sequences with more
   int32_t tile_count = 0;
+  const cuda::PrefillTile* kept_tiles = nullptr;  ///< [kept.rows] of `kept`, one each
   /// The rows whose logits are wanted, each as a sequence of one row.
   cuda::StepView kept{};
   const int32_t* kept_rows = nullptr;        ///< [kept.rows] their rows in `step`
@@ -44,8 +45,8 @@ class StepBuffer {
   StepBuffer() = default;
 
   /// Fills in `batch` (checked before, within capacity()); `padded_rows` at least its rows: the rest is rows and
-  /// sequences that are not used. `tile_tokens` as CudaKernels::prefill_tile_tokens().
-  StepPlan build(const ForwardBatch& batch, int32_t padded_rows, int32_t tile_tokens);
+  /// sequences that are not used. `tile_tokens` as CudaKernels::prefill_tile_tokens(). `only_tiles`: no sequence is a decode.
+  StepPlan build(const ForwardBatch& batch, int32_t padded_rows, int32_t tile_tokens, bool only_tiles);
   /// What `batch` takes.
   static StepCapacity measure(const ForwardBatch& batch, int32_t tile_tokens);
   Status send(cuda::CUstream stream);
@@ -68,7 +69,7 @@ class StepBuffer {
   size_t table_begin_ = 0, used_bytes_ = 0;
   Array<int32_t> tokens_, positions_, slots_, kept_rows_, kept_positions_, tables_;
   Array<cuda::DeviceSequence> sequences_, kept_sequences_;
-  Array<cuda::PrefillTile> tiles_;
+  Array<cuda::PrefillTile> tiles_, kept_tiles_;
 };
 
 }  // namespace baton
