@@ -44,7 +44,9 @@ class Linear final : public CudaLinear {
     return gemv_->launch(stream, arguments(shape, x, weight, y));
   }
 
-  bool supports_fused(const LinearShape& shape) const override { return gemv_->normed_fits(shape.rows, shape.in_features); }
+  bool supports_fused(const LinearShape& shape) const override {
+    return shape.rows <= kFewRows && shape.in_features <= Gemv::kMaxNormedInputs;
+  }
 
   Status normed_product(CUstream stream, const LinearShape& shape, const NormedInput& input, const bf16* weight,
                         void* y) override {

@@ -55,7 +55,7 @@ class CudaLinear {
 
   static constexpr int64_t kFewRows = 16;
 
-  /// Whether normed_product and normed_silu_product work for a shape: few rows whose x finds room in shared memory.
+  /// Whether normed_product and normed_silu_product work for a shape: up to kFewRows rows of up to 16384 inputs.
   virtual bool supports_fused(const LinearShape& shape) const = 0;
 
   /// y = bf16(norm(x)) W^T.

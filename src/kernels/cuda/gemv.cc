@@ -1,6 +1,7 @@
 #include "kernels/cuda/gemv.h"
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <utility>
 
@@ -25,9 +26,16 @@ const void* kernel_image() { return nullptr; }
 #endif
 
 constexpr int kAttributeMaxSharedPerBlock = 97;
-constexpr int kStagesTimesTiles = 8;
-/// x goes to shared memory when it is this small; two blocks, of this kernel and of the next one, then fit one multiprocessor.
-constexpr int kSmallXBytes = 40 << 10;
+constexpr int64_t kSmallShareBytes = 128 << 10;
+/// Of x, normalised by every block.
+constexpr int kMaxNormedBytes = 40 << 10;
+
+constexpr struct {
+  int tiles, stages;
+} kRings[] = {{1, 8}, {2, 4}, {4, 2}, {1, 4}, {2, 2}};
+constexpr int kMaxRows[] = {1, 8, 16};
+
+int x_bytes(const GemvArguments& args) { return args.rows * gemv_x_stride(args.in); }
 
 }  // namespace
 
@@ -52,14 +60,16 @@ Status Gemv::load() {
                                  "cuDeviceGetAttribute"));
   BATON_RETURN_IF_ERROR(cu.check(cu.module_load(&module_, kernel_image()),
                                  fmt::format("loading the kernels for few rows on {}", gpu_->name())));
+  BATON_RETURN_IF_ERROR(cu.check(cu.module_function(&norm_rows_, module_, "baton_norm_rows"), "cuModuleGetFunction"));
   size_t at = 0;
-  for (int rows : {1, 4, 8, 16}) {
-    for (int tiles : {1, 2, 4}) {
-      Variant& variant = variants_[at++];
+  for (int rows : kMaxRows) {
+    for (const auto& [tiles, stages] : kRings) {
+      Variant& variant = variants_.at(at++);
       variant.max_rows = rows;
       variant.tiles = tiles;
-      variant.shared_base_bytes = gemv_ring_bytes(kStagesTimesTiles / tiles, tiles) + gemv_partials_bytes(rows, tiles);
-      const std::string name = fmt::format("baton_gemv_r{}_t{}", rows, tiles);
+      variant.ring_bytes = gemv_ring_bytes(stages, tiles);
+      variant.shared_bytes = variant.ring_bytes + gemv_partials_bytes(rows, tiles);
+      const std::string name = fmt::format("baton_gemv_r{}_t{}_s{}", rows, tiles, stages);
       BATON_RETURN_IF_ERROR(cu.check(cu.module_function(&variant.function, module_, name.c_str()), name));
       BATON_RETURN_IF_ERROR(cu.check(
           cu.function_set_attribute(variant.function, kFunctionMaxDynamicSharedBytes, max_shared_bytes_), name));
@@ -74,58 +84,74 @@ Gemv::~Gemv() {
   (void)gpu_->driver().module_unload(module_);
 }
 
-bool Gemv::normed_fits(int64_t rows, int64_t in) const {
-  if (rows < 1 || rows > kGemvMaxRows || in > (1 << 20)) return false;
-  const int most = gemv_ring_bytes(kStagesTimesTiles, 1) + gemv_partials_bytes(kGemvMaxRows, 4);
-  return most + rows * gemv_x_stride(static_cast<int>(in)) <= max_shared_bytes_;
-}
-
-// As many features per unit as leave the multiprocessors evenly busy: the fewer units, the fewer times x is read.
-const Gemv::Variant& Gemv::choose(const GemvArguments& args) const {
+// Of the variants that fit, the one whose units leave the multiprocessors most evenly busy; of about equal ones the one with
+// the most features per unit, which reads x the fewest times, and the longest ring.
+const Gemv::Variant* Gemv::choose(const GemvArguments& args) const {
   const bool silu = args.output == GemvOutput::kSiluBf16;
   const int64_t multiprocessors = gpu_->multiprocessors();
-  const int64_t all_tiles = (args.out + kGemvTileFeatures - 1) / kGemvTileFeatures;
+  const int64_t all_tiles = args.out / kGemvTileFeatures;
+  const int shared_for_x = args.norm_weight != nullptr ? x_bytes(args) : 0;
+  const int max_rows = *std::lower_bound(std::begin(kMaxRows), std::end(kMaxRows), args.rows);
+  // The weights of a small matrix are in a few rings: better to leave room for the next kernel's blocks to start theirs.
+  const bool room_for_next = int64_t{args.out} * args.in * 2 <= kSmallShareBytes * multiprocessors;
   const Variant* best = nullptr;
-  double best_load = 0.0;
+  double best_score = 0.0;
   for (const Variant& variant : variants_) {
-    const bool smallest = variant.max_rows >= args.rows && (variant.max_rows == 1 || variant.max_rows / 2 < args.rows);
-    if (!smallest && !(variant.max_rows == 4 && args.rows == 2)) continue;
-    if (silu && variant.tiles == 1) continue;
+    if (variant.max_rows != max_rows || (silu && variant.tiles == 1)) continue;
+    if (variant.shared_bytes + shared_for_x > max_shared_bytes_) continue;
     const int64_t units = (all_tiles + variant.tiles - 1) / variant.tiles;
     const int64_t rounds = (units + multiprocessors - 1) / multiprocessors;
     const double load = static_cast<double>(rounds * variant.tiles * multiprocessors) / static_cast<double>(all_tiles);
-    if (best == nullptr || load <= best_load * 1.02) {
+    const double ring = 1e-7 * (room_for_next ? variant.ring_bytes : -variant.ring_bytes);
+    const double score = load - 0.01 * variant.tiles + ring;
+    if (best == nullptr || score < best_score) {
       best = &variant;
-      best_load = load;
+      best_score = score;
     }
   }
-  BATON_CHECK(best != nullptr);
-  return *best;
+  return best;
 }
 
-Status Gemv::launch(CUstream stream, GemvArguments args) const {
-  const Variant& variant = choose(args);
-  const int64_t x_bytes = int64_t{args.rows} * gemv_x_stride(args.in);
-  const bool in_shared = args.norm_weight != nullptr || x_bytes <= kSmallXBytes;
-  args.x_shared_stride = in_shared ? gemv_x_stride(args.in) : 0;
-  const int unit_tiles = variant.tiles;
-  const int units = (args.out / kGemvTileFeatures + unit_tiles - 1) / unit_tiles;
-
+Status Gemv::launch_kernel(CUstream stream, CUfunction function, int blocks, int shared_bytes, void* args) const {
   CUlaunchAttribute attribute{};
   attribute.id = kLaunchProgrammaticSerialization;
   attribute.value.number = 1;
   CUlaunchConfig config{};
-  config.grid_x = static_cast<unsigned>(std::min(units, gpu_->multiprocessors()));
+  config.grid_x = static_cast<unsigned>(blocks);
   config.grid_y = config.grid_z = config.block_y = config.block_z = 1;
   config.block_x = kGemvThreads;
-  config.shared_bytes = static_cast<unsigned>(variant.shared_base_bytes + (in_shared ? x_bytes : 0));
+  config.shared_bytes = static_cast<unsigned>(shared_bytes);
   config.stream = stream;
   config.attributes = &attribute;
   config.attribute_count = 1;
-  void* parameters[] = {&args};
-  CurrentDevice current(*gpu_);
+  void* parameters[] = {args};
   const Driver& cu = gpu_->driver();
-  return cu.check(cu.launch_ex(&config, variant.function, parameters, nullptr), "launching the product for few rows");
+  return cu.check(cu.launch_ex(&config, function, parameters, nullptr), "launching a product of few rows");
+}
+
+Status Gemv::normalise(CUstream stream, GemvArguments& args) {
+  BATON_CHECK(args.in <= kMaxNormedInputs);
+  BATON_ASSIGN_OR_RETURN(CUdeviceptr normed, normed_.find(stream));
+  NormRowsArguments norm{static_cast<const float*>(args.x), args.norm_weight, reinterpret_cast<void*>(normed), args.norm_eps,
+                         args.in};
+  args.x = norm.out;
+  args.norm_weight = nullptr;
+  return launch_kernel(stream, norm_rows_, args.rows, 0, &norm);
+}
+
+Status Gemv::launch(CUstream stream, GemvArguments args) {
+  CurrentDevice current(*gpu_);
+  const bool by_every_block = args.rows <= kGemvMaxNormedRows && x_bytes(args) <= kMaxNormedBytes;
+  if (args.norm_weight != nullptr && !by_every_block) BATON_RETURN_IF_ERROR(normalise(stream, args));
+  const Variant* variant = choose(args);
+  if (variant == nullptr) {
+    return unimplemented("{} has too little shared memory for a product of {} rows and {} inputs", gpu_->name(), args.rows,
+                         args.in);
+  }
+  args.x_shared_stride = gemv_x_stride(args.in);
+  const int shared_bytes = variant->shared_bytes + (args.norm_weight != nullptr ? x_bytes(args) : 0);
+  const int units = (args.out / kGemvTileFeatures + variant->tiles - 1) / variant->tiles;
+  return launch_kernel(stream, variant->function, std::min(units, gpu_->multiprocessors()), shared_bytes, &args);
 }
 
 }  // namespace baton::cuda

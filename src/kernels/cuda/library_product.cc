@@ -7,7 +7,6 @@ namespace {
 
 /// What NVIDIA advises for Hopper.
 constexpr size_t kWorkspaceBytes = 32u << 20;
-constexpr size_t kMaxStreams = 16;
 /// A chunked prefill has a new shape whenever its last chunk has a new length. A plan is some 400 bytes.
 constexpr size_t kMaxPlans = 8192;
 
@@ -21,6 +20,9 @@ Result<std::unique_ptr<LibraryProduct>> LibraryProduct::create(std::shared_ptr<c
                                               fmt::format("cublasLtCreate on {}", made->gpu_->name())));
   return made;
 }
+
+LibraryProduct::LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library)
+    : gpu_(std::move(gpu)), library_(std::move(library)), workspaces_(gpu_, kWorkspaceBytes) {}
 
 LibraryProduct::~LibraryProduct() {
   plans_.clear();
@@ -89,19 +91,6 @@ Result<const LibraryProduct::Plan*> LibraryProduct::find_plan(const LinearShape&
   return plans_.emplace(key, std::move(plan)).first->second.get();
 }
 
-Result<CUdeviceptr> LibraryProduct::find_workspace(CUstream stream) {
-  for (const auto& [owner, memory] : workspaces_) {
-    if (owner == stream) return memory.address();
-  }
-  if (workspaces_.size() >= kMaxStreams) {
-    return resource_exhausted("products on more than {} streams: each has a workspace of {} MiB", kMaxStreams,
-                              kWorkspaceBytes >> 20);
-  }
-  BATON_ASSIGN_OR_RETURN(DeviceMemory memory, DeviceMemory::allocate(gpu_, kWorkspaceBytes));
-  workspaces_.emplace_back(stream, std::move(memory));
-  return workspaces_.back().second.address();
-}
-
 Status LibraryProduct::prepare(const LinearShape& shape) {
   CurrentDevice current(*gpu_);
   return find_plan(shape).status();
@@ -110,7 +99,7 @@ Status LibraryProduct::prepare(const LinearShape& shape) {
 Status LibraryProduct::product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) {
   CurrentDevice current(*gpu_);
   BATON_ASSIGN_OR_RETURN(const Plan* plan, find_plan(shape));
-  BATON_ASSIGN_OR_RETURN(CUdeviceptr workspace, find_workspace(stream));
+  BATON_ASSIGN_OR_RETURN(CUdeviceptr workspace, workspaces_.find(stream));
   const float alpha = 1.0f;
   const float beta = shape.output == LinearOutput::kAddFloat ? 1.0f : 0.0f;
   return library_->check(

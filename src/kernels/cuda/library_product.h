@@ -5,11 +5,11 @@
 #include <memory>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "base/cuda/gpu.h"
 #include "kernels/cuda/cublaslt_library.h"
 #include "kernels/cuda/cuda_linear.h"
+#include "kernels/cuda/stream_workspaces.h"
 
 namespace baton::cuda {
 
@@ -41,17 +41,15 @@ class LibraryProduct {
   };
   using Key = std::tuple<int64_t, int64_t, int64_t, LinearOutput>;
 
-  LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library)
-      : gpu_(std::move(gpu)), library_(std::move(library)) {}
+  LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library);
   Result<const Plan*> find_plan(const LinearShape& shape);
   Result<std::unique_ptr<Plan>> make_plan(const LinearShape& shape) const;
-  Result<CUdeviceptr> find_workspace(CUstream stream);
 
   const std::shared_ptr<const Gpu> gpu_;
   const std::shared_ptr<const CublasLt> library_;
   CublasLtHandle handle_ = nullptr;
   std::map<Key, std::unique_ptr<Plan>> plans_;
-  std::vector<std::pair<CUstream, DeviceMemory>> workspaces_;
+  StreamWorkspaces workspaces_;
 };
 
 }  // namespace baton::cuda
