@@ -30,22 +30,23 @@ void check_shape(const LinearShape& shape) {
 
 class Linear final : public CudaLinear {
  public:
-  Linear(std::unique_ptr<Gemv> gemv, std::unique_ptr<LibraryProduct> library)
-      : gemv_(std::move(gemv)), library_(std::move(library)) {}
+  /// Up to `few_rows` rows by kernels of our own.
+  Linear(std::unique_ptr<Gemv> gemv, std::unique_ptr<LibraryProduct> library, int64_t few_rows)
+      : gemv_(std::move(gemv)), library_(std::move(library)), few_rows_(few_rows) {}
 
   Status prepare(const LinearShape& shape) override {
     check_shape(shape);
-    return shape.rows <= kFewRows ? Status() : library_->prepare(shape);
+    return shape.rows <= few_rows_ ? Status() : library_->prepare(shape);
   }
 
   Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) override {
     check_shape(shape);
-    if (shape.rows > kFewRows) return library_->product(stream, shape, x, weight, y);
+    if (shape.rows > few_rows_) return library_->product(stream, shape, x, weight, y);
     return gemv_->launch(stream, arguments(shape, x, weight, y));
   }
 
   bool supports_fused(const LinearShape& shape) const override {
-    return shape.rows <= kFewRows && shape.in_features <= Gemv::kMaxNormedInputs;
+    return shape.rows <= few_rows_ && shape.in_features <= Gemv::kMaxNormedInputs;
   }
 
   Status normed_product(CUstream stream, const LinearShape& shape, const NormedInput& input, const bf16* weight,
@@ -85,17 +86,19 @@ class Linear final : public CudaLinear {
 
   const std::unique_ptr<Gemv> gemv_;
   const std::unique_ptr<LibraryProduct> library_;
+  const int64_t few_rows_;
 };
 
 }  // namespace
 
-Result<std::unique_ptr<CudaLinear>> CudaLinear::create(std::shared_ptr<const Gpu> gpu, const std::string& library) {
+Result<std::unique_ptr<CudaLinear>> CudaLinear::create(std::shared_ptr<const Gpu> gpu, const std::string& library,
+                                                       bool batch_invariant) {
   if (!gpu->driver().can_compute) {
     return unavailable("the CUDA driver is too old to compute with (12.0 or newer is needed)");
   }
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Gemv> gemv, Gemv::create(gpu));
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<LibraryProduct> product, LibraryProduct::create(std::move(gpu), library));
-  return std::unique_ptr<CudaLinear>(std::make_unique<Linear>(std::move(gemv), std::move(product)));
+  BATON_ASSIGN_OR_RETURN(std::unique_ptr<LibraryProduct> product, LibraryProduct::create(std::move(gpu), library, batch_invariant));
+  return std::unique_ptr<CudaLinear>(std::make_unique<Linear>(std::move(gemv), std::move(product), batch_invariant ? 0 : CudaLinear::kFewRows));
 }
 
 }  // namespace baton::cuda

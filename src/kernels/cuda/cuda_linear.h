@@ -37,7 +37,10 @@ class CudaLinear {
  public:
   /// `library`: path of libcublasLt; empty: libcublasLt.so.13 or .12 as the loader finds them. unavailable: there is none, or
   /// it refuses.
-  static Result<std::unique_ptr<CudaLinear>> create(std::shared_ptr<const Gpu> gpu, const std::string& library);
+  /// `batch_invariant`: a row has the same bits at any number of rows, because one algorithm computes all of them, with every
+  /// sum in one piece. Slower, most of all for few rows; supports_fused() is false then.
+  static Result<std::unique_ptr<CudaLinear>> create(std::shared_ptr<const Gpu> gpu, const std::string& library,
+                                                    bool batch_invariant = false);
   virtual ~CudaLinear() = default;
 
   /// Chooses how a shape is computed and keeps the choice; product() does it by itself when it was not done before. To be

@@ -171,6 +171,31 @@ TEST_F(CudaLinearTest, WithFewRowsARowsBitsDontDependOnTheOtherRows) {
   }
 }
 
+TEST_F(CudaLinearTest, OneAlgorithmForAnyNumberOfRowsGivesARowTheSameBits) {
+  auto made = CudaLinear::create(gpu_, "", /*batch_invariant=*/true);
+  ASSERT_TRUE(made.ok()) << made.status().to_string();
+  constexpr int64_t kMost = 1100;
+  for (const Features& features : {Features{320, 64}, Features{4096, 1024}, Features{1024, 3072}, Features{6144, 4096}}) {
+    const int64_t out = features.out, in = features.in;
+    const DeviceMemory w = upload(random_bf16(static_cast<size_t>(out * in), 4));
+    const DeviceMemory x = upload(random_bf16(static_cast<size_t>(kMost * in), 5));
+    for (const LinearOutput output : {LinearOutput::kFloat, LinearOutput::kAddFloat}) {
+      const auto compute = [&](int64_t first, int64_t rows) {
+        DeviceMemory y = upload(std::vector<float>(static_cast<size_t>(rows * out), 1.0f));
+        EXPECT_TRUE((*made)->product(stream_, {rows, out, in, output}, pointer<bf16>(x) + first * in, pointer<bf16>(w),
+                                     pointer<void>(y)).ok());
+        return download<float>(y);
+      };
+      const std::vector<float> all = compute(0, kMost);
+      for (const auto& [first, rows] : std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {777, 1}, {3, 2}, {5, 7}, {0, 16}, {16, 17},
+                                                                                {100, 64}, {1, 127}, {2, 129}, {9, 300}, {0, 512}, {40, 1024}}) {
+        const std::vector<float> part = compute(first, rows);
+        ASSERT_EQ(std::memcmp(part.data(), all.data() + first * out, part.size() * 4), 0) << rows << " rows from " << first << ", " << in << " -> " << out;
+      }
+    }
+  }
+}
+
 TEST_F(CudaLinearTest, TheNormAndSiluCanBeFused) {
   constexpr float kEps = 1e-5f;
   for (const Features& features : {Features{16, 8}, Features{48, 40}, Features{96, 1000}, Features{2080, 1024}, Features{64, 4096}, Features{32, 6000}}) {

@@ -9,20 +9,23 @@ namespace {
 constexpr size_t kWorkspaceBytes = 32u << 20;
 /// A chunked prefill has a new shape whenever its last chunk has a new length. A plan is some 400 bytes.
 constexpr size_t kMaxPlans = 8192;
+/// The number of rows that the algorithm is chosen for where one has to serve all.
+constexpr int64_t kInvariantRows = 512;
 
 }  // namespace
 
-Result<std::unique_ptr<LibraryProduct>> LibraryProduct::create(std::shared_ptr<const Gpu> gpu, const std::string& library) {
+Result<std::unique_ptr<LibraryProduct>> LibraryProduct::create(std::shared_ptr<const Gpu> gpu, const std::string& library,
+                                                               bool batch_invariant) {
   BATON_ASSIGN_OR_RETURN(std::shared_ptr<const CublasLt> lt, CublasLt::load(library));
-  std::unique_ptr<LibraryProduct> made(new LibraryProduct(std::move(gpu), std::move(lt)));
+  std::unique_ptr<LibraryProduct> made(new LibraryProduct(std::move(gpu), std::move(lt), batch_invariant));
   CurrentDevice current(*made->gpu_);
   BATON_RETURN_IF_ERROR(made->library_->check(made->library_->create(&made->handle_),
                                               fmt::format("cublasLtCreate on {}", made->gpu_->name())));
   return made;
 }
 
-LibraryProduct::LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library)
-    : gpu_(std::move(gpu)), library_(std::move(library)), workspaces_(gpu_, kWorkspaceBytes) {}
+LibraryProduct::LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library, bool batch_invariant)
+    : gpu_(std::move(gpu)), library_(std::move(library)), batch_invariant_(batch_invariant), workspaces_(gpu_, kWorkspaceBytes) {}
 
 LibraryProduct::~LibraryProduct() {
   plans_.clear();
@@ -31,24 +34,37 @@ LibraryProduct::~LibraryProduct() {
   (void)library_->destroy(handle_);
 }
 
+Status LibraryProduct::Plan::set_rows(const LinearShape& shape) {
+  for (CublasLtMatrixLayout* layout : {&x, &y}) {
+    if (*layout != nullptr) (void)lt->layout_destroy(*layout);
+    *layout = nullptr;
+  }
+  const auto rows = static_cast<uint64_t>(shape.rows);
+  const int out_type = shape.output == LinearOutput::kBf16 ? kCublasTypeBf16 : kCublasTypeF32;
+  BATON_RETURN_IF_ERROR(lt->check(lt->layout_create(&x, kCublasTypeBf16, static_cast<uint64_t>(shape.in_features), rows, shape.in_features),
+                                  "cublasLtMatrixLayoutCreate"));
+  return lt->check(lt->layout_create(&y, out_type, static_cast<uint64_t>(shape.out_features), rows, shape.out_features),
+                   "cublasLtMatrixLayoutCreate");
+}
+
 // y = x W^T row-major is, column-major, y' [out, rows] = W'^T x' with W' [in, out] and x' [in, rows].
 Result<std::unique_ptr<LibraryProduct::Plan>> LibraryProduct::make_plan(const LinearShape& shape) const {
   const CublasLt& lt = *library_;
+  if (batch_invariant_ && shape.rows != kInvariantRows) {
+    BATON_ASSIGN_OR_RETURN(std::unique_ptr<Plan> common, make_plan({kInvariantRows, shape.out_features, shape.in_features, shape.output}));
+    BATON_RETURN_IF_ERROR(common->set_rows(shape));
+    return common;
+  }
   auto plan = std::make_unique<Plan>(library_);
-  const auto rows = static_cast<uint64_t>(shape.rows);
   const auto out = static_cast<uint64_t>(shape.out_features);
   const auto in = static_cast<uint64_t>(shape.in_features);
-  const int out_type = shape.output == LinearOutput::kBf16 ? kCublasTypeBf16 : kCublasTypeF32;
   BATON_RETURN_IF_ERROR(lt.check(lt.desc_create(&plan->desc, kCublasCompute32F, kCublasTypeF32), "cublasLtMatmulDescCreate"));
   const int32_t transpose = kCublasTranspose;
   BATON_RETURN_IF_ERROR(lt.check(lt.desc_set(plan->desc, kMatmulDescTransposeA, &transpose, sizeof(transpose)),
                                  "cublasLtMatmulDescSetAttribute"));
   BATON_RETURN_IF_ERROR(lt.check(lt.layout_create(&plan->weight, kCublasTypeBf16, in, out, shape.in_features),
                                  "cublasLtMatrixLayoutCreate"));
-  BATON_RETURN_IF_ERROR(lt.check(lt.layout_create(&plan->x, kCublasTypeBf16, in, rows, shape.in_features),
-                                 "cublasLtMatrixLayoutCreate"));
-  BATON_RETURN_IF_ERROR(lt.check(lt.layout_create(&plan->y, out_type, out, rows, shape.out_features),
-                                 "cublasLtMatrixLayoutCreate"));
+  BATON_RETURN_IF_ERROR(plan->set_rows(shape));
 
   CublasLtPreference preference = nullptr;
   BATON_RETURN_IF_ERROR(lt.check(lt.preference_create(&preference), "cublasLtMatmulPreferenceCreate"));
@@ -56,7 +72,7 @@ Result<std::unique_ptr<LibraryProduct::Plan>> LibraryProduct::make_plan(const Li
       preference, lt.preference_destroy);
   const uint64_t workspace_bytes = kWorkspaceBytes;
   // Parts of a sum that are split over thread blocks are added up in order, in float32; or the sum is not split.
-  const uint32_t reductions = kReductionComputeType;
+  const uint32_t reductions = batch_invariant_ ? 0 : kReductionComputeType;
   const uint32_t alignment = 16;
   Status set = lt.check(lt.preference_set(preference, kPreferenceMaxWorkspaceBytes, &workspace_bytes, sizeof(workspace_bytes)),
                         "cublasLtMatmulPreferenceSetAttribute");

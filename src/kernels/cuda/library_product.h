@@ -16,7 +16,9 @@ namespace baton::cuda {
 /// Products by cuBLASLt: one choice of algorithm per shape, kept; one workspace per stream. One thread at a time.
 class LibraryProduct {
  public:
-  static Result<std::unique_ptr<LibraryProduct>> create(std::shared_ptr<const Gpu> gpu, const std::string& library);
+  /// `batch_invariant` as in CudaLinear::create().
+  static Result<std::unique_ptr<LibraryProduct>> create(std::shared_ptr<const Gpu> gpu, const std::string& library,
+                                                        bool batch_invariant);
   ~LibraryProduct();
 
   Status prepare(const LinearShape& shape);
@@ -34,6 +36,9 @@ class LibraryProduct {
       }
     }
 
+    /// Layouts of x and y for another number of rows.
+    Status set_rows(const LinearShape& shape);
+
     const std::shared_ptr<const CublasLt> lt;
     CublasLtMatmulDesc desc = nullptr;
     CublasLtMatrixLayout weight = nullptr, x = nullptr, y = nullptr;
@@ -41,12 +46,13 @@ class LibraryProduct {
   };
   using Key = std::tuple<int64_t, int64_t, int64_t, LinearOutput>;
 
-  LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library);
+  LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library, bool batch_invariant);
   Result<const Plan*> find_plan(const LinearShape& shape);
   Result<std::unique_ptr<Plan>> make_plan(const LinearShape& shape) const;
 
   const std::shared_ptr<const Gpu> gpu_;
   const std::shared_ptr<const CublasLt> library_;
+  const bool batch_invariant_;
   CublasLtHandle handle_ = nullptr;
   std::map<Key, std::unique_ptr<Plan>> plans_;
   StreamWorkspaces workspaces_;

@@ -419,7 +419,7 @@ Result<std::unique_ptr<Model>> load_cuda_model(const ModelOptions& options, cons
   CudaTransformer::Parts parts;
   BATON_ASSIGN_OR_RETURN(parts.gpu, cuda::Gpu::open(driver, cuda.ordinal));
   BATON_ASSIGN_OR_RETURN(parts.kernels, cuda::CudaKernels::create(parts.gpu));
-  BATON_ASSIGN_OR_RETURN(parts.linear, cuda::CudaLinear::create(parts.gpu, cuda.blas_library));
+  BATON_ASSIGN_OR_RETURN(parts.linear, cuda::CudaLinear::create(parts.gpu, cuda.blas_library, cuda.batch_invariant));
 
   ThreadPool threads(cuda.threads);
   BATON_ASSIGN_OR_RETURN(ModelFiles files, ModelFiles::open(options, threads));
