@@ -1,5 +1,7 @@
 #include <cuda_bf16.h>
 
+#include <initializer_list>
+
 #include "kernels/cuda/prefill_arguments.h"
 #include "kernels/cuda/sm90.cuh"
 
@@ -9,7 +11,8 @@
 /// A thread block stays for the whole launch and takes items (a tile and a head) in turn. Warpgroup 0 brings Q, K and V into
 /// shared memory with the copy engine, a box per cache block and panel, two key tiles ahead. Warpgroups 1 and 2 have 64 query rows
 /// each: while one turns scores into weights, the other one's products keep the tensor cores busy (they hand each other
-/// the turn), and inside a warpgroup the scores of the next key tile are computed beside weights times V of this one.
+/// the turn), and inside a warpgroup the scores of the next key tile, be it of the next item, are computed beside weights
+/// times V of this one.
 ///
 ///   full_*  counts the copied bytes         waited for by the consumers
 ///   empty_* counts the consumers' 8 warps   waited for by the producer
@@ -31,6 +34,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(v);
@@ -48,14 +56,6 @@ struct Place {
   }
 };
 
-struct Barriers {
-  uint64_t full_q, empty_q;
-  uint64_t full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages];
-};
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 /// What an item asks for; `tiles` 0: nothing.
 struct Item {
   int32_t head, first_row, tokens, first_pos, table_offset;
@@ -63,6 +63,18 @@ struct Item {
   int32_t tiles;      // of keys
   __device__ __forceinline__ int32_t key_end() const { return first_pos + tokens; }
 };
+
+/// In shared memory. An item is announced with its Q and is read until its rows are stored; by then no more than two others
+/// have been announced.
+struct Exchange {
+  uint64_t full_q[kStages], empty_q[kStages];
+  uint64_t full_k[kStages], empty_k[kStages];
+  uint64_t full_v[kStages], empty_v[kStages];
+  Item items[4];
+};
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 /// The item of a round. Blocks take turns in going first: tiles come longest first, so the sums come out even.
 __device__ __forceinline__ bool find_item(const PrefillSm90Arguments& a, int32_t round, Item& item) {
@@ -91,7 +103,7 @@ template <int Width>
 struct Shared {
   static constexpr int kPanels = prefill_sm90_panels(Width);
   static constexpr int kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kQ = 0, kK = kTileBytes, kV = kK + kStages * kTileBytes;
+  static constexpr int kQ = 0, kK = kStages * kTileBytes, kV = kK + kStages * kTileBytes;
 };
 
 /// One warp's way through K or V, a key tile after the other. Only boxes that hold tokens of the sequence are copied; the
@@ -145,36 +157,46 @@ class KeyLoader {
   Place place_;
 };
 
+/// One lane: announces an item and brings its Q.
 template <int Width>
-__device__ __forceinline__ void load_q(const PrefillSm90Arguments& a, const Item& item, Barriers& barriers, uint32_t to,
-                                       uint32_t parity) {
+__device__ __forceinline__ void load_q(const PrefillSm90Arguments& a, const Item& item, uint32_t full, uint32_t to) {
   using S = Shared<Width>;
-  barrier_wait(shared_address(&barriers.empty_q), parity ^ 1);
-  if (threadIdx.x % 32 == 0) {
-    const uint32_t full = shared_address(&barriers.full_q);
-    barrier_expect(full, S::kTileBytes);
-#pragma unroll
-    for (int panel = 0; panel < S::kPanels; ++panel) {
-      copy_box_3d(to + panel * kPanelBytes, &a.q, full, panel * kPrefillSm90PanelColumns, item.head, item.first_row);
-    }
+  if (item.tiles == 0) {
+    barrier_arrive(full);
+    return;
   }
-  __syncwarp();
+  barrier_expect(full, S::kTileBytes);
+#pragma unroll
+  for (int panel = 0; panel < S::kPanels; ++panel) {
+    copy_box_3d(to + panel * kPanelBytes, &a.q, full, panel * kPrefillSm90PanelColumns, item.head, item.first_row);
+  }
 }
 
 /// Warp 0 brings Q and K, warp 1 brings V.
 template <int Width>
-__device__ __forceinline__ void produce(const PrefillSm90Arguments& a, Barriers& barriers, uint32_t shared) {
+__device__ __forceinline__ void produce(const PrefillSm90Arguments& a, Exchange& exchange, uint32_t shared) {
   using S = Shared<Width>;
   const int warp = threadIdx.x / 32;
   if (warp > 1) return;
-  KeyLoader<Width> loader(a, warp == 0 ? a.k : a.v, warp == 0 ? barriers.full_k : barriers.full_v,
-                          warp == 0 ? barriers.empty_k : barriers.empty_v, shared + (warp == 0 ? S::kK : S::kV));
-  uint32_t q_parity = 0;
+  KeyLoader<Width> loader(a, warp == 0 ? a.k : a.v, warp == 0 ? exchange.full_k : exchange.full_v,
+                          warp == 0 ? exchange.empty_k : exchange.empty_v, shared + (warp == 0 ? S::kK : S::kV));
+  Place q;
+  int announced = 0;
   Item item;
-  for (int32_t round = 0; find_item(a, round, item); ++round) {
-    if (item.tiles == 0) continue;
-    if (warp == 0) load_q<Width>(a, item, barriers, shared + S::kQ, q_parity);
-    q_parity ^= 1;
+  for (int32_t round = 0;; ++round) {
+    const bool more = find_item(a, round, item);
+    if (more && item.tiles == 0) continue;
+    if (warp == 0) {
+      barrier_wait(shared_address(&exchange.empty_q[q.stage]), q.parity ^ 1);
+      if (threadIdx.x == 0) {
+        exchange.items[announced % 4] = item;
+        load_q<Width>(a, item, shared_address(&exchange.full_q[q.stage]), shared + S::kQ + q.stage * S::kTileBytes);
+      }
+      __syncwarp();
+      ++announced;
+      q.advance();
+    }
+    if (!more) return;
     loader.load(item);
   }
 }
@@ -186,51 +208,51 @@ class Rows {
   using S = Shared<Width>;
   static constexpr int kScores = kKeys / 2, kOutputs = Width / 2;
 
-  __device__ __forceinline__ Rows(const PrefillSm90Arguments& a, Barriers& barriers, uint32_t shared, int consumer)
-      : a_(a.common), barriers_(barriers), shared_(shared), consumer_(consumer) {
+  __device__ __forceinline__ Rows(const PrefillSm90Arguments& a, Exchange& exchange, uint32_t shared, int consumer)
+      : a_(a.common), exchange_(exchange), shared_(shared), consumer_(consumer) {
     warp_ = threadIdx.x / 32 % 4;
     lane_ = threadIdx.x % 32;
-    q_descriptor_ = k_major(shared + S::kQ + consumer * (kPanelBytes / 2));
   }
 
-  __device__ __forceinline__ void compute(const Item& item) {
-    first_pos_ = item.first_pos + consumer_ * 64;
-    maximum_[0] = maximum_[1] = -INFINITY;
-    sum_[0] = sum_[1] = 0.0f;
+  __device__ __forceinline__ void run() {
     float s[kScores], o[kOutputs];
     uint32_t p[kKeys / 16 * 4];
-
-    barrier_wait(shared_address(&barriers_.full_q), q_parity_);
-    q_parity_ ^= 1;
-    barrier_wait(shared_address(&barriers_.full_k[k_.stage]), k_.parity);
+    if (!begin_item()) return;
+    barrier_wait(shared_address(&exchange_.full_k[k_.stage]), k_.parity);
     scores(s);
     multiply_wait<0>();
     pin(s);
-    release(barriers_.empty_k[k_.stage]);
-    k_.advance();
-    if (item.tiles == 1) release(barriers_.empty_q);
-    mask(s, item.first_key);
+    scores_done();
+    mask(s);
     float correction[2];
     weigh(s, correction);
     to_bf16(s, p);
+    bool empty = true;  // O
 
-    for (int32_t tile = 1; tile < item.tiles; ++tile) {
-      barrier_wait(shared_address(&barriers_.full_k[k_.stage]), k_.parity);
+    for (;;) {
+      const bool last = uniform(tiles_left_ == 0);
+      if (last) {
+        finish_v();
+        ++item_;
+        if (!begin_item()) break;
+      }
+      barrier_wait(shared_address(&exchange_.full_k[k_.stage]), k_.parity);
       named_sync(1 + consumer_, kConsumers);
       scores(s);
-      barrier_wait(shared_address(&barriers_.full_v[v_.stage]), v_.parity);
-      weighted_sum(p, o, tile > 1);
+      barrier_wait(shared_address(&exchange_.full_v[v_.stage]), v_.parity);
+      weighted_sum(p, o, !empty);
       named_arrive(2 - consumer_, kConsumers);
       multiply_wait<1>();
       pin(s);
-      release(barriers_.empty_k[k_.stage]);
-      k_.advance();
-      if (tile + 1 == item.tiles) release(barriers_.empty_q);
-      mask(s, item.first_key + tile * kKeys);
+      scores_done();
+      const float finished[2] = {sum_[0], sum_[1]};
+      if (last) begin_rows();
+      mask(s);
       weigh(s, correction);
       // O is multiplied by 1 mostly: a maximum that stands for long is found early. That the vote asks for the sums, which are
       // never negative, has it wait for the weights: ptxas would put computing them behind the wait for the product.
-      const bool rescale = __any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f);
+      const bool rescale = __any_sync(
+          0xffffffffu, !last && (correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f));
       if (rescale) {
         asm volatile("wgmma.wait_group.sync.aligned 0;  // and rescale" ::: "memory");
         pin(o);
@@ -241,36 +263,63 @@ class Rows {
       }
       pin(o);
       pin(p);
-      release(barriers_.empty_v[v_.stage]);
+      release(exchange_.empty_v[v_.stage]);
       v_.advance();
+      if (last) store(exchange_.items[(item_ - 1) % 4], o, finished);
+      empty = last;
       to_bf16(s, p);
     }
 
-    barrier_wait(shared_address(&barriers_.full_v[v_.stage]), v_.parity);
-    const int32_t keys = item.key_end() - item.first_key - (item.tiles - 1) * kKeys;
-    if (keys < kKeys) clear_v(keys);
-    weighted_sum(p, o, item.tiles > 1);
+    barrier_wait(shared_address(&exchange_.full_v[v_.stage]), v_.parity);
+    weighted_sum(p, o, !empty);
     multiply_wait<0>();
     pin(o);
-    release(barriers_.empty_v[v_.stage]);
-    v_.advance();
-    store(item, o);
+    store(exchange_.items[(item_ - 1) % 4], o, sum_);
   }
 
  private:
+  /// Of the item after this one, once its Q is there; false: there is none.
+  __device__ __forceinline__ bool begin_item() {
+    barrier_wait(shared_address(&exchange_.full_q[q_.stage]), q_.parity);
+    const Item& item = exchange_.items[item_ % 4];
+    tiles_left_ = item.tiles;
+    if (uniform(tiles_left_ == 0)) return false;
+    first_key_ = item.first_key - kKeys;
+    if (item_ == 0) begin_rows();
+    return true;
+  }
+
+  __device__ __forceinline__ void begin_rows() {
+    first_pos_ = exchange_.items[item_ % 4].first_pos + consumer_ * 64;
+    maximum_[0] = maximum_[1] = -INFINITY;
+    sum_[0] = sum_[1] = 0.0f;
+  }
+
+  /// The scores of a tile were computed: its K, and after the last tile Q, are not needed any more.
+  __device__ __forceinline__ void scores_done() {
+    release(exchange_.empty_k[k_.stage]);
+    k_.advance();
+    first_key_ += kKeys;
+    if (uniform(--tiles_left_ == 0)) {
+      release(exchange_.empty_q[q_.stage]);
+      q_.advance();
+    }
+  }
+
   __device__ __forceinline__ void release(uint64_t& barrier) {
     if (lane_ == 0) barrier_arrive(shared_address(&barrier));
   }
 
   /// S = Q K^T, in the background.
   __device__ __forceinline__ void scores(float (&s)[kScores]) {
+    const uint64_t q = k_major(shared_ + S::kQ + q_.stage * S::kTileBytes + consumer_ * (kPanelBytes / 2));
     const uint64_t k = k_major(shared_ + S::kK + k_.stage * S::kTileBytes);
     pin(s);
     multiply_begin();
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step) {
       const uint32_t offset = (step / 4 * kPanelBytes + step % 4 * 32) >> 4;
-      multiply_shared<kKeys>(s, q_descriptor_ + offset, k + offset, step > 0);
+      multiply_shared<kKeys>(s, q + offset, k + offset, step > 0);
     }
     multiply_commit();
   }
@@ -288,13 +337,13 @@ class Rows {
     multiply_commit();
   }
 
-  __device__ __forceinline__ void mask(float (&s)[kScores], int32_t first_key) {
-    const bool future = first_key + kKeys - 1 > first_pos_;
-    const bool past = a_.window > 0 && first_key <= first_pos_ + 63 - a_.window;
-    if (!future && !past) return;
+  __device__ __forceinline__ void mask(float (&s)[kScores]) {
+    const bool future = first_key_ + kKeys - 1 > first_pos_;
+    const bool past = a_.window > 0 && first_key_ <= first_pos_ + 63 - a_.window;
+    if (!uniform(future || past)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t last = first_pos_ + warp_ * 16 + lane_ / 4 + r * 8 - first_key - lane_ % 4 * 2;
+      const int32_t last = first_pos_ + warp_ * 16 + lane_ / 4 + r * 8 - first_key_ - lane_ % 4 * 2;
       const int32_t before = a_.window > 0 ? last - a_.window : -1;
 #pragma unroll
       for (int i = 0; i < kScores / 2; ++i) {
@@ -337,9 +386,13 @@ class Rows {
     for (int i = 0; i < kKeys / 16 * 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Rows of V behind the sequence's last token: weights of 0 do not help against a NaN that lies there. Both consumers write the
-  /// same zeros.
-  __device__ __forceinline__ void clear_v(int32_t keys) {
+  /// An item's last tile: rows of V behind the sequence's last token become zeros. Weights of 0 do not help against a NaN that
+  /// lies there. Both consumers write the same.
+  __device__ __forceinline__ void finish_v() {
+    const Item& item = exchange_.items[item_ % 4];
+    const int32_t keys = item.key_end() - first_key_;
+    if (keys >= kKeys) return;
+    barrier_wait(shared_address(&exchange_.full_v[v_.stage]), v_.parity);
     const uint32_t v = shared_ + S::kV + v_.stage * S::kTileBytes;
     const int words = (kKeys - keys) * 8;  // of 16 bytes, per panel
     for (int i = threadIdx.x % 128; i < words * S::kPanels; i += 128) {
@@ -350,15 +403,16 @@ class Rows {
     named_sync(3 + consumer_, 128);
   }
 
-  __device__ __forceinline__ void store(const Item& item, float (&o)[kOutputs]) {
+  __device__ __forceinline__ void store(const Item& item, float (&o)[kOutputs], const float (&sums)[2]) {
+    const int32_t tokens = item.tokens;
     const int quad = lane_ % 4;
     const int64_t row_stride = static_cast<int64_t>(a_.heads) * a_.kv.head_dim;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = sum_[r];
+      float sum = sums[r];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float inverse = 1.0f / sum;
+      const float inverse = reciprocal_fast(sum);
       const int32_t row = consumer_ * 64 + warp_ * 16 + lane_ / 4 + r * 8;
       uint16_t* out = a_.out + (static_cast<int64_t>(item.first_row) + row) * row_stride + item.head * a_.kv.head_dim;
 #pragma unroll
@@ -370,32 +424,34 @@ class Rows {
           const int at = (group * 4 + i) * 4 + r * 2;
           w[i] = pack(o[at] * inverse, o[at + 1] * inverse);
         }
+        // No branches, here least of all: with one that lanes may take differently ptxas gives up uniform registers for the loop.
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           const uint32_t got = __shfl_xor_sync(0xffffffffu, quad & 1 ? w[i] : w[i + 1], 1);
-          (quad & 1 ? w[i] : w[i + 1]) = got;
+          w[i] = quad & 1 ? got : w[i];
+          w[i + 1] = quad & 1 ? w[i + 1] : got;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint32_t got = __shfl_xor_sync(0xffffffffu, quad & 2 ? w[i] : w[i + 2], 2);
-          (quad & 2 ? w[i] : w[i + 2]) = got;
+          w[i] = quad & 2 ? got : w[i];
+          w[i + 2] = quad & 2 ? w[i + 2] : got;
         }
         const int32_t column = (group * 4 + quad) * 8;
-        if (row < item.tokens && column < a_.kv.head_dim) {
-          *reinterpret_cast<uint4*>(out + column) = make_uint4(w[0], w[1], w[2], w[3]);
-        }
+        store_if(row < tokens && column < a_.kv.head_dim, out + column, w);
       }
     }
   }
 
   const PrefillArguments& a_;
-  Barriers& barriers_;
+  Exchange& exchange_;
   const uint32_t shared_;
   const int consumer_;
   int warp_, lane_;
-  uint64_t q_descriptor_;
-  Place k_, v_;
-  uint32_t q_parity_ = 0;
+  Place q_, k_, v_;     // of Q and K for the next scores, of V for the next sum
+  int item_ = 0;        // whose scores are computed
+  int32_t tiles_left_;  // of it
+  int32_t first_key_;   // of its tile before those
   int32_t first_pos_;
   float maximum_[2], sum_[2];
 };
@@ -403,34 +459,32 @@ class Rows {
 template <int Width>
 __device__ __forceinline__ void attend(const PrefillSm90Arguments& a) {
   extern __shared__ unsigned char dynamic_shared[];
-  __shared__ Barriers barriers;
+  __shared__ Exchange exchange;
   const uint32_t shared = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
-    barrier_init(shared_address(&barriers.full_q), 1);
-    barrier_init(shared_address(&barriers.empty_q), kConsumers / 32);
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(shared_address(&barriers.full_k[i]), 1);
-      barrier_init(shared_address(&barriers.full_v[i]), 1);
-      barrier_init(shared_address(&barriers.empty_k[i]), kConsumers / 32);
-      barrier_init(shared_address(&barriers.empty_v[i]), kConsumers / 32);
+      for (uint64_t* full : {&exchange.full_q[i], &exchange.full_k[i], &exchange.full_v[i]}) {
+        barrier_init(shared_address(full), 1);
+      }
+      for (uint64_t* empty : {&exchange.empty_q[i], &exchange.empty_k[i], &exchange.empty_v[i]}) {
+        barrier_init(shared_address(empty), kConsumers / 32);
+      }
     }
     barrier_init_done();
+  } else if (threadIdx.x == 32) {
+    for (const TensorMap* map : {&a.q, &a.k, &a.v}) prefetch_map(map);
   }
   __syncthreads();
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     registers_down<kProducerRegisters>();
-    produce<Width>(a, barriers, shared);
+    produce<Width>(a, exchange, shared);
   } else {
     registers_up<kConsumerRegisters>();
-    const int consumer = warpgroup - 1;
+    const int consumer = uniform(warpgroup == 2) ? 1 : 0;
     if (consumer == 1) named_arrive(1, kConsumers);
-    Rows<Width> rows(a, barriers, shared, consumer);
-    Item item;
-    for (int32_t round = 0; find_item(a, round, item); ++round) {
-      if (item.tiles > 0) rows.compute(item);
-    }
+    Rows<Width>(a, exchange, shared, consumer).run();
   }
 }
 

@@ -62,9 +62,9 @@ inline constexpr int32_t kPrefillSm90PanelBytes = 128 * kPrefillSm90PanelColumns
 constexpr int32_t prefill_sm90_panels(int32_t width) {
   return (width + kPrefillSm90PanelColumns - 1) / kPrefillSm90PanelColumns;
 }
-/// Q, the stages of K and V, and what aligning them takes.
+/// The stages of Q, K and V, and what aligning them takes.
 constexpr int32_t prefill_sm90_shared_bytes(int32_t width) {
-  return (1 + 2 * kPrefillSm90Stages) * prefill_sm90_panels(width) * kPrefillSm90PanelBytes + 1024;
+  return 3 * kPrefillSm90Stages * prefill_sm90_panels(width) * kPrefillSm90PanelBytes + 1024;
 }
 
 }  // namespace baton::cuda

@@ -303,6 +303,19 @@ TEST_P(PrefillAttentionTest, GroupsAndBlockSizes) {
   }
 }
 
+TEST_P(PrefillAttentionTest, MoreItemsThanThreadBlocks) {
+  Random random(11);
+  for (int32_t window : {0, 150}) {
+    for (int32_t head_dim : {64, 96, 128}) {
+      Shape shape{.heads = 32, .kv_heads = 8, .head_dim = head_dim, .window = window, .sequences = {}};
+      for (int i = 0; i < 24; ++i) {
+        shape.sequences.push_back({1 + static_cast<int32_t>(random.below(400)), static_cast<int32_t>(random.below(2) * random.below(300))});
+      }
+      expect_right(shape, 61);
+    }
+  }
+}
+
 TEST_P(PrefillAttentionTest, LongContext) {
   expect_right({.heads = 2, .kv_heads = 1, .sequences = {{1100, 3000}, {2100, 0}}}, 97);
   expect_right({.heads = 2, .kv_heads = 1, .window = 700, .sequences = {{1100, 3000}}}, 97);
@@ -311,7 +324,7 @@ TEST_P(PrefillAttentionTest, LongContext) {
 TEST_P(PrefillAttentionTest, ARowsBitsDoNotDependOnTheChunkOrTheBatch) {
   for (int32_t head_dim : {64, 80, 128, 256}) {
     for (int32_t window : {0, 100}) {
-      PrefillCase test(gpu_, *attention_, {.head_dim = head_dim, .window = window, .sequences = {{700, 0}, {300, 123}}}, 3);
+      PrefillCase test(gpu_, *attention_, {.heads = 32, .kv_heads = 4, .head_dim = head_dim, .window = window, .sequences = {{700, 0}, {300, 123}}}, 3);
       const auto together = test.run(test.whole());
       for (const std::vector<int32_t>& chunks : {std::vector<int32_t>{700}, {128, 572}, {100, 1, 64, 300, 235}, {16, 684}, {699, 1}}) {
         std::vector<PrefillCase::Piece> pieces;

@@ -24,6 +24,18 @@ template <int N>
 __device__ void multiply_registers(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool add);
 
 template <>
+__device__ __forceinline__ void multiply_shared<64>(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 0;\n}"
+      : BATON_ACCUMULATORS_32(d)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+template <>
 __device__ __forceinline__ void multiply_shared<128>(float (&d)[64], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -81,6 +93,10 @@ __device__ __forceinline__ void multiply_registers<128>(float (&d)[64], const ui
 #undef BATON_ACCUMULATORS_48
 #undef BATON_ACCUMULATORS_64
 
+/// A condition on which all lanes agree, known to the compiler as such: what depends on it stays in uniform registers, where
+/// descriptors, addresses and branches cost least.
+__device__ __forceinline__ bool uniform(bool condition) { return __any_sync(0xffffffffu, condition); }
+
 __device__ __forceinline__ void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 /// Until at most Pending groups are unfinished.
@@ -132,6 +148,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 __device__ __forceinline__ void copy_box_3d(uint32_t to, const void* map, uint32_t barrier, int32_t x, int32_t y, int32_t z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
@@ -145,6 +164,14 @@ __device__ __forceinline__ void copy_box_4d(uint32_t to, const void* map, uint32
           to),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
+}
+
+/// 16 bytes, without a branch.
+__device__ __forceinline__ void store_if(bool condition, void* to, const uint32_t (&words)[4]) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                   static_cast<int>(condition)),
+               "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 /// Ordinary stores to shared memory become visible to products and bulk copies.
