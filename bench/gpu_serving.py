@@ -32,13 +32,20 @@ def ttft_ms(cluster, prompt):
     return (first - started) * 1e3
 
 
+def mean_ms(cluster, what):
+    """Of all handoffs so far: the prefill worker's computing, and how long after it the last write was done."""
+    name = f"baton_worker_handoff_{what}_seconds"
+    return cluster.metric(f"{name}_sum") / max(cluster.metric(f"{name}_count"), 1) * 1e3
+
+
 def idle(arguments, common, devices):
     rng = random.Random(1)
     half = [*common, "--gpu-memory-utilization", 0.4]
     with Cluster("--aggregated", "--device", devices[0], *half, model=arguments.model) as alone, \
             Cluster("--local-prefill-tokens", 0, "--device", f"{devices[0]},{devices[1]}", *half, model=arguments.model) as pair:
         print(f"ready: aggregated after {alone.ready_s:.1f} s, pair after {pair.ready_s:.1f} s")
-        print(f"{'ISL':>6} {'aggregated ms':>14} {'disaggregated ms':>17} {'added ms':>9} {'least .. most':>16}")
+        print(f"{'ISL':>6} {'aggregated ms':>14} {'disaggregated ms':>17} {'added ms':>9} {'least .. most':>16}"
+              f"{'prefill ms':>12}{'exposed':>9}")
         for isl in arguments.isl:
             def prompt():
                 return [rng.randrange(3, 1000) for _ in range(isl)]
@@ -46,8 +53,9 @@ def idle(arguments, common, devices):
                 ttft_ms(alone, prompt()), ttft_ms(pair, prompt())
             times = [(ttft_ms(alone, prompt()), ttft_ms(pair, prompt())) for _ in range(arguments.runs)]
             added = [b - a for a, b in times]
+            time.sleep(2.2)  # metrics come once a second
             print(f"{isl:>6} {statistics.median(a for a, _ in times):>14.1f} {statistics.median(b for _, b in times):>17.1f} "
-                  f"{statistics.median(added):>9.1f} {min(added):>7.1f} ..{max(added):>6.1f}", flush=True)
+                  f"{statistics.median(added):>9.1f} {min(added):>7.1f} ..{max(added):>6.1f}{mean_ms(pair, 'compute'):>12.1f}{mean_ms(pair, 'exposed'):>9.2f}", flush=True)
 
 
 def load(cluster, arguments, isl):

@@ -144,7 +144,7 @@ Result<int64_t> EngineFlags::kv_bytes() const {
 }
 
 void TransferFlags::add_to(CLI::App& command) {
-  command.add_option("--transport", transport, "path of the KV cache: auto, shm, tcp, efa or verbs")
+  command.add_option("--transport", transport, "path of the KV cache: auto, shm, tcp, efa or verbs; of GPU memory: auto, cuda_ipc, staged:shm, staged:tcp, ...")
       ->capture_default_str()->group("Handoff");
   command.add_flag("--no-tcp", no_tcp, "refuse a pair rather than use TCP between hosts")->group("Handoff");
   command.add_option("--bind-address", bind_address, "address that KV traffic over TCP uses; several, with commas: one rail each")->group("Handoff");

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BATON = os.environ.get("BATON", str(ROOT / "build" / "release" / "baton"))
 # Further arguments of every `baton serve`: "--device cuda:0" runs these tests on a GPU.
 ARGUMENTS = shlex.split(os.environ.get("BATON_SERVE_ARGUMENTS", ""))
+ON_GPU = any(argument.startswith("cuda") for argument in ARGUMENTS)
 DEMO = ROOT / "models" / "demo"
 GOLDEN = ROOT / "tests" / "golden" / "models"
 

@@ -6,13 +6,18 @@ import concurrent.futures
 import random
 import unittest
 
-from cluster import GOLDEN, Cluster
+from cluster import GOLDEN, ON_GPU, Cluster
 
 MODEL = GOLDEN / "qwen3"
 REQUESTS = 200
 # More tokens than 64 blocks hold, all begun at once because they come in one request.
 WAVE = {"prompt": [[(7 * i + j) % 300 for j in range(8 + i % 24)] for i in range(48)], "max_tokens": 160,
         "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+
+
+def over(transport):
+    """GPU memory goes over host transports through pinned memory."""
+    return f"staged:{transport}" if ON_GPU else transport
 
 
 def make_requests(seed):
@@ -97,11 +102,11 @@ class Equality(unittest.TestCase):
         self.check("--local-prefill-tokens", 64, "--prefill", 2, "--decode", 2)
 
     def test_over_tcp(self):
-        self.check("--local-prefill-tokens", 0, "--transport", "tcp")
+        self.check("--local-prefill-tokens", 0, "--transport", over("tcp"))
 
     def test_every_block_checked(self):
         for transport in ("shm", "tcp"):
-            self.check("--local-prefill-tokens", 0, "--max-batched-tokens", 48, "--transport", transport, "--transfer-integrity")
+            self.check("--local-prefill-tokens", 0, "--max-batched-tokens", 48, "--transport", over(transport), "--transfer-integrity")
 
 
 if __name__ == "__main__":
