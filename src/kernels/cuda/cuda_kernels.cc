@@ -7,11 +7,8 @@
 
 #include "base/check.h"
 #include "kernels/cuda/kernel_arguments.h"
-
-#if __has_include("kernels/cuda/prefill_attention.h")
 #include "kernels/cuda/prefill_attention.h"
-#define BATON_PREFILL_ATTENTION
-#endif
+
 
 namespace baton::cuda {
 namespace {
@@ -105,7 +102,7 @@ class CudaKernelsImpl final : public CudaKernels {
     for (const auto& [name, function] :
          {std::pair("baton_embed", &embed_), {"baton_rms_norm", &rms_norm_}, {"baton_qkv_rope_kv_write", &qkv_},
           {"baton_silu_mul", &silu_mul_}, {"baton_add_bias", &add_bias_}, {"baton_gather_rows", &gather_rows_},
-          {"baton_argmax", &argmax_}, {"baton_plain_prefill", &plain_prefill_}}) {
+          {"baton_argmax", &argmax_}}) {
       BATON_RETURN_IF_ERROR(step_.find(name, function));
     }
     for (size_t d = 0; d < std::size(kDecodeHeadDims); ++d) {
@@ -127,9 +124,7 @@ class CudaKernelsImpl final : public CudaKernels {
     const size_t arrival_bytes = static_cast<size_t>(decode_blocks_) * sizeof(uint32_t);
     BATON_ASSIGN_OR_RETURN(arrivals_, DeviceMemory::allocate(gpu_, arrival_bytes));
     BATON_RETURN_IF_ERROR(cu.check(cu.memory_set(arrivals_.address(), 0, arrival_bytes), "cuMemsetD8"));
-#ifdef BATON_PREFILL_ATTENTION
     BATON_ASSIGN_OR_RETURN(prefill_, PrefillAttention::create(gpu_));
-#endif
     return Status();
   }
 
@@ -149,11 +144,7 @@ class CudaKernelsImpl final : public CudaKernels {
     if (decode_function(static_cast<int32_t>(heads / kv_heads), static_cast<int32_t>(head_dim)) == nullptr) {
       return invalid_argument("head_dim is {}; {} has too little shared memory for it", head_dim, gpu_->name());
     }
-#ifdef BATON_PREFILL_ATTENTION
     return prefill_->validate(heads, kv_heads, head_dim, block_tokens);
-#else
-    return Status();
-#endif
   }
 
   Status embed(CUstream stream, const StepView& step, const bf16* table, int64_t hidden, float* x) override {
@@ -234,30 +225,12 @@ class CudaKernelsImpl final : public CudaKernels {
   Status attention_prefill(CUstream stream, const StepView& step, const PrefillTile* tiles, int32_t tile_count,
                            const Attention& args, const DeviceKv& kv) override {
     if (tile_count == 0) return Status();
-#ifdef BATON_PREFILL_ATTENTION
     return prefill_->launch(stream, step, tiles, tile_count, args, kv);
-#else
-    PlainPrefillArguments a = {};
-    a.step = step;
-    a.kv = kv;
-    a.q = raw(args.q);
-    a.out = raw(args.out);
-    a.tiles = &tiles->sequence;
-    a.heads = args.heads;
-    a.scale_log2 = args.scale * std::numbers::log2e_v<float>;
-    a.sliding_window = args.sliding_window;
-    return launch(plain_prefill_, "attention_prefill", static_cast<unsigned>(tile_count), static_cast<unsigned>(args.heads), 128, 0,
-                  stream, a);
-#endif
   }
 
-  int32_t prefill_tile_tokens([[maybe_unused]] int32_t heads, [[maybe_unused]] int32_t kv_heads,
-                              [[maybe_unused]] int32_t head_dim) const override {
-#ifdef BATON_PREFILL_ATTENTION
+  int32_t prefill_tile_tokens(int32_t heads, int32_t kv_heads,
+                              int32_t head_dim) const override {
     return prefill_->tile_tokens(heads, kv_heads, head_dim);
-#else
-    return kPlainPrefillTileTokens;
-#endif
   }
 
   Status silu_mul(CUstream stream, const bf16* gate_up, const float* bias, int64_t rows, int64_t inter, bf16* out) override {
@@ -314,13 +287,11 @@ class CudaKernelsImpl final : public CudaKernels {
   std::string name_;
   Module step_, decode_module_;
   CUfunction embed_ = nullptr, rms_norm_ = nullptr, qkv_ = nullptr, silu_mul_ = nullptr, add_bias_ = nullptr,
-             gather_rows_ = nullptr, argmax_ = nullptr, plain_prefill_ = nullptr;
+             gather_rows_ = nullptr, argmax_ = nullptr;
   CUfunction decode_[std::size(kDecodeHeadDims)][std::size(kDecodeRows)] = {};
   int32_t decode_blocks_ = 0;
   DeviceMemory arrivals_;
-#ifdef BATON_PREFILL_ATTENTION
   std::unique_ptr<PrefillAttention> prefill_;
-#endif
 };
 
 }  // namespace

@@ -23,18 +23,6 @@ struct QkvRopeArguments {
   int32_t threads_per_head;  // a power of two, at least head_dim / 8
 };
 
-struct PlainPrefillArguments {
-  StepView step;
-  DeviceKv kv;
-  const uint16_t* q;
-  uint16_t* out;
-  const int32_t* tiles;  // PrefillTile: sequence, token_begin
-  int32_t heads;
-  float scale_log2;      // scale * log2(e)
-  int32_t sliding_window;
-};
-inline constexpr int32_t kPlainPrefillTileTokens = 8;
-
 /// Decode attention: the context of a sequence is cut into splits, a function of its length alone; a thread block takes
 /// a range of consecutive splits of (sequence, KV head, head block) triples.
 struct DecodeArguments {
