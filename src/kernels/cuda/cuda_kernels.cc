@@ -110,7 +110,7 @@ class CudaKernelsImpl final : public CudaKernels {
         CUfunction& function = decode_[d][r];
         BATON_RETURN_IF_ERROR(
             decode_module_.find(fmt::format("baton_attention_decode_{}_{}", kDecodeHeadDims[d], kDecodeRows[r]), &function));
-        const size_t bytes = decode_shared_bytes(kDecodeHeadDims[d], kDecodeMaxSequences);
+        const size_t bytes = decode_shared_bytes(kDecodeHeadDims[d], kDecodeRows[r], kDecodeMaxSequences);
         if (bytes + 1024 > static_cast<size_t>(shared_bytes)) {  // validate_attention_shape tells
           function = nullptr;
           continue;
@@ -150,7 +150,7 @@ class CudaKernelsImpl final : public CudaKernels {
   Status embed(CUstream stream, const StepView& step, const bf16* table, int64_t hidden, float* x) override {
     BATON_CHECK(hidden > 0 && hidden % 8 == 0) << "hidden " << hidden;
     if (step.rows == 0) return Status();
-    return launch(embed_, "embed", static_cast<unsigned>(step.rows), 1, row_threads(hidden / 8, 256), 0, stream, step,
+    return launch(embed_, "embed", static_cast<unsigned>(step.rows), row_threads(hidden / 8, 256), 0, stream, step,
                   raw(table), hidden, x);
   }
 
@@ -158,7 +158,7 @@ class CudaKernelsImpl final : public CudaKernels {
                   bf16* out) override {
     BATON_CHECK(hidden > 0 && hidden % 8 == 0) << "hidden " << hidden;
     if (rows == 0) return Status();
-    return launch(rms_norm_, "rms_norm", blocks_for(rows, 1), 1, row_threads(hidden / 4, 1024), 0, stream, x, hidden, weight,
+    return launch(rms_norm_, "rms_norm", blocks_for(rows, 1), row_threads(hidden / 16, 1024), 0, stream, x, hidden, weight,
                   eps, raw(out));
   }
 
@@ -181,7 +181,7 @@ class CudaKernelsImpl final : public CudaKernels {
     a.threads_per_head = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(kv.head_dim / 8)));
     const int64_t units = static_cast<int64_t>(step.rows) * (args.heads + 2 * kv.kv_heads) * a.threads_per_head;
     const unsigned threads = units <= 8192 ? 64 : 256;  // few rows: over as many multiprocessors as possible
-    return launch(qkv_, "qkv_rope_kv_write", blocks_for(units, threads), 1, threads, 0, stream, a);
+    return launch(qkv_, "qkv_rope_kv_write", blocks_for(units, threads), threads, 0, stream, a);
   }
 
   Status attention_decode(CUstream stream, const StepView& step, int32_t first, int32_t count, const Attention& args,
@@ -202,6 +202,8 @@ class CudaKernelsImpl final : public CudaKernels {
     a.head_blocks = (a.group + rows - 1) / rows;
     a.scale_log2 = args.scale * std::numbers::log2e_v<float>;
     a.sliding_window = args.sliding_window;
+    const auto block_tokens = static_cast<uint32_t>(kv.block_tokens);
+    a.block_shift = std::has_single_bit(block_tokens) ? std::countr_zero(block_tokens) : -1;
     const CUfunction function = decode_function(a.group, kv.head_dim);
     BATON_CHECK(function != nullptr) << "head_dim " << kv.head_dim << " was not validated";
     for (; count > 0; first += kDecodeMaxSequences, count -= kDecodeMaxSequences) {
@@ -209,8 +211,8 @@ class CudaKernelsImpl final : public CudaKernels {
       a.count = std::min(count, kDecodeMaxSequences);
       const int64_t most = static_cast<int64_t>(a.count) * kv.kv_heads * a.head_blocks * kDecodeMaxSplits;
       const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, decode_blocks_));
-      BATON_RETURN_IF_ERROR(launch(function, "attention_decode", blocks, 1, kDecodeThreads,
-                                   static_cast<unsigned>(decode_shared_bytes(padded, a.count)), stream, a));
+      BATON_RETURN_IF_ERROR(launch(function, "attention_decode", blocks, kDecodeThreads,
+                                   static_cast<unsigned>(decode_shared_bytes(padded, rows, a.count)), stream, a));
     }
     return Status();
   }
@@ -238,13 +240,13 @@ class CudaKernelsImpl final : public CudaKernels {
     if (rows == 0) return Status();
     const int64_t units = rows * (inter / 8);
     const unsigned threads = units <= 16384 ? 64 : 256;
-    return launch(silu_mul_, "silu_mul", blocks_for(units, threads), 1, threads, 0, stream, raw(gate_up), bias, rows, inter, raw(out));
+    return launch(silu_mul_, "silu_mul", blocks_for(units, threads), threads, 0, stream, raw(gate_up), bias, rows, inter, raw(out));
   }
 
   Status add_bias(CUstream stream, float* x, int64_t rows, int64_t width, const float* bias) override {
     BATON_CHECK(width > 0 && width % 4 == 0) << "width " << width;
     if (rows == 0) return Status();
-    return launch(add_bias_, "add_bias", blocks_for(rows * (width / 4), 256), 1, 256, 0, stream, x, rows, width, bias);
+    return launch(add_bias_, "add_bias", blocks_for(rows * (width / 4), 256), 256, 0, stream, x, rows, width, bias);
   }
 
   Status gather_rows(CUstream stream, const void* from, int64_t row_bytes, const int32_t* index, int64_t rows,
@@ -252,13 +254,13 @@ class CudaKernelsImpl final : public CudaKernels {
     BATON_CHECK(row_bytes > 0 && row_bytes % 16 == 0) << "rows of " << row_bytes << " bytes";
     if (rows == 0) return Status();
     const int64_t vectors = row_bytes / 16;
-    return launch(gather_rows_, "gather_rows", blocks_for(rows, 1), 1, row_threads(vectors, 256), 0, stream, from, vectors, index, to);
+    return launch(gather_rows_, "gather_rows", blocks_for(rows, 1), row_threads(vectors, 256), 0, stream, from, vectors, index, to);
   }
 
   Status argmax(CUstream stream, const float* logits, int64_t rows, int64_t vocab, int32_t* tokens) override {
     BATON_CHECK(vocab > 0 && vocab <= INT32_MAX) << "vocab " << vocab;
     if (rows == 0) return Status();
-    return launch(argmax_, "argmax", blocks_for(rows, 1), 1, row_threads(vocab / 4, 1024), 0, stream, logits, vocab, tokens);
+    return launch(argmax_, "argmax", blocks_for(rows, 1), row_threads(vocab / 4, 1024), 0, stream, logits, vocab, tokens);
   }
 
  private:
@@ -274,12 +276,16 @@ class CudaKernelsImpl final : public CudaKernels {
   }
 
   template <typename... Arguments>
-  Status launch(CUfunction function, const char* what, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared_bytes,
+  Status launch(CUfunction function, const char* what, unsigned blocks, unsigned threads, unsigned shared_bytes,
                 CUstream stream, Arguments... arguments) {
-    CurrentDevice current(*gpu_);
+    CUlaunchAttribute attribute{};
+    attribute.id = kLaunchProgrammaticSerialization;
+    attribute.value.number = 1;
+    CUlaunchConfig config{blocks, 1, 1, threads, 1, 1, shared_bytes, stream, &attribute, 1};
     void* parameters[] = {&arguments...};
+    CurrentDevice current(*gpu_);
     const Driver& cu = gpu_->driver();
-    const CUresult result = cu.launch(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, parameters, nullptr);
+    const CUresult result = cu.launch_ex(&config, function, parameters, nullptr);
     return result == kSuccess ? Status() : cu.check(result, fmt::format("launching {} on {}", what, gpu_->name()));
   }
 

@@ -35,6 +35,8 @@ constexpr int kRowVectors = 4;  // float4 of a row that a thread keeps
 }  // namespace
 
 extern "C" __global__ void baton_embed(StepView step, const uint16_t* table, int64_t hidden, float* x) {
+  wait_for_previous();
+  let_next_begin();
   const int32_t token = step.tokens[blockIdx.x];
   float4* to = reinterpret_cast<float4*>(x + blockIdx.x * hidden);
   for (int64_t i = threadIdx.x; i < hidden / 8; i += blockDim.x) {
@@ -47,6 +49,8 @@ extern "C" __global__ void baton_embed(StepView step, const uint16_t* table, int
 
 extern "C" __global__ void __launch_bounds__(1024)
     baton_rms_norm(const float* x, int64_t hidden, const float* weight, float eps, uint16_t* out) {
+  wait_for_previous();
+  let_next_begin();
   const float4* from = reinterpret_cast<const float4*>(x + blockIdx.x * hidden);
   const float4* scales = reinterpret_cast<const float4*>(weight);
   uint2* to = reinterpret_cast<uint2*>(out + blockIdx.x * hidden);
@@ -80,6 +84,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 /// threads_per_head neighbouring lanes work on one head of one row; each has 4 elements of the first half and the 4 of
 /// the second that they are rotated with.
 extern "C" __global__ void __launch_bounds__(256) baton_qkv_rope_kv_write(const __grid_constant__ QkvRopeArguments a) {
+  wait_for_previous();
+  let_next_begin();
   const int32_t head_dim = a.kv.head_dim, half = head_dim / 2, all_heads = a.heads + 2 * a.kv.kv_heads;
   const int64_t unit = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / a.threads_per_head;
   const int64_t row = unit / all_heads;
@@ -140,6 +146,8 @@ extern "C" __global__ void __launch_bounds__(256) baton_qkv_rope_kv_write(const 
 
 extern "C" __global__ void __launch_bounds__(256)
     baton_silu_mul(const uint16_t* gate_up, const float* bias, int64_t rows, int64_t inter, uint16_t* out) {
+  wait_for_previous();
+  let_next_begin();
   const int64_t vectors = inter / 8;
   const int64_t unit = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (unit >= rows * vectors) return;
@@ -157,6 +165,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256) baton_add_bias(float* x, int64_t rows, int64_t width, const float* bias) {
+  wait_for_previous();
+  let_next_begin();
   const int64_t vectors = width / 4;
   const int64_t unit = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (unit >= rows * vectors) return;
@@ -168,6 +178,8 @@ extern "C" __global__ void __launch_bounds__(256) baton_add_bias(float* x, int64
 
 extern "C" __global__ void __launch_bounds__(256)
     baton_gather_rows(const uint4* from, int64_t row_vectors, const int32_t* index, uint4* to) {
+  wait_for_previous();
+  let_next_begin();
   const int32_t row = index[blockIdx.x];
   for (int64_t i = threadIdx.x; i < row_vectors; i += blockDim.x) {
     to[blockIdx.x * row_vectors + i] = row >= 0 ? from[row * row_vectors + i] : make_uint4(0, 0, 0, 0);
@@ -198,6 +210,8 @@ __device__ __forceinline__ Best warp_best(Best best) {
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(1024) baton_argmax(const float* logits, int64_t vocab, int32_t* tokens) {
+  wait_for_previous();
+  let_next_begin();
   __shared__ Best bests[32];
   const float* row = logits + blockIdx.x * vocab;
   Best best = {-__int_as_float(0x7f800000), 0x7fffffff};
