@@ -7,7 +7,9 @@
 
 #include "base/check.h"
 #include "kernels/cuda/kernel_arguments.h"
+#include "kernels/cuda/kernel_module.h"
 #include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/sample_arguments.h"
 
 
 namespace baton::cuda {
@@ -39,39 +41,6 @@ unsigned blocks_for(int64_t units, int64_t each) {
   return static_cast<unsigned>(blocks);
 }
 
-class Module {
- public:
-  static Result<Module> load(std::shared_ptr<const Gpu> gpu, const void* image, const char* what) {
-    CurrentDevice current(*gpu);
-    Module module;
-    BATON_RETURN_IF_ERROR(gpu->driver().check(gpu->driver().module_load(&module.module_, image),
-                                              fmt::format("loading the {} kernels on {}", what, gpu->name())));
-    module.gpu_ = std::move(gpu);
-    return module;
-  }
-  Module() = default;
-  Module(Module&& other) noexcept { *this = std::move(other); }
-  Module& operator=(Module&& other) noexcept {
-    std::swap(gpu_, other.gpu_);
-    std::swap(module_, other.module_);
-    return *this;
-  }
-  ~Module() {
-    if (gpu_ == nullptr) return;
-    CurrentDevice current(*gpu_);
-    (void)gpu_->driver().module_unload(module_);
-  }
-
-  Status find(const std::string& name, CUfunction* function) const {
-    return gpu_->driver().check(gpu_->driver().module_function(function, module_, name.c_str()),
-                                fmt::format("cuModuleGetFunction of {}", name));
-  }
-
- private:
-  std::shared_ptr<const Gpu> gpu_;
-  CUmodule module_ = nullptr;
-};
-
 constexpr int32_t kDecodeHeadDims[] = {32, 64, 96, 128, 256};
 constexpr int32_t kDecodeRows[] = {4, 8, 16};
 
@@ -80,36 +49,31 @@ class CudaKernelsImpl final : public CudaKernels {
   explicit CudaKernelsImpl(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {}
 
   Status init() {
-    const Driver& cu = gpu_->driver();
-    if (!cu.can_compute) {
-      return unimplemented("the CUDA driver (version {}) lacks what computing needs; 11.4 or newer has it", cu.version);
-    }
-    CUdevice device = 0;
-    int major = 0, minor = 0;
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&major, kAttributeComputeMajor, device), "cuDeviceGetAttribute"));
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&minor, kAttributeComputeMinor, device), "cuDeviceGetAttribute"));
-    if (major < 8) return unimplemented("{} is sm_{}{}; computing needs sm_80 or newer", gpu_->name(), major, minor);
+    BATON_ASSIGN_OR_RETURN(const ComputeCapability capability, compute_capability(*gpu_));
     if (!kHasKernels) {
       return unimplemented("this build has no CUDA kernels (nvcc was not found when it was built)");
     }
-    name_ = fmt::format("cuda/sm_{}{} ({})", major, minor, gpu_->name());
-    BATON_ASSIGN_OR_RETURN(step_, Module::load(gpu_, step_image(), "step"));
-    BATON_ASSIGN_OR_RETURN(decode_module_, Module::load(gpu_, decode_image(), "attention"));
+    name_ = fmt::format("cuda/sm_{}{} ({})", capability.major, capability.minor, gpu_->name());
+    team_ = capability.has_clusters() ? kTeamBlocks : 1;
+    BATON_ASSIGN_OR_RETURN(step_, KernelModule::load(gpu_, step_image(), "step"));
+    BATON_ASSIGN_OR_RETURN(decode_module_, KernelModule::load(gpu_, decode_image(), "attention"));
+    const Driver& cu = gpu_->driver();
+    CUdevice device = 0;
     int shared_bytes = 0;
+    BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
     BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&shared_bytes, kAttributeSharedBytesOptIn, device), "cuDeviceGetAttribute"));
     CurrentDevice current(*gpu_);
     for (const auto& [name, function] :
          {std::pair("baton_embed", &embed_), {"baton_rms_norm", &rms_norm_}, {"baton_qkv_rope_kv_write", &qkv_},
           {"baton_silu_mul", &silu_mul_}, {"baton_add_bias", &add_bias_}, {"baton_gather_rows", &gather_rows_},
           {"baton_argmax", &argmax_}}) {
-      BATON_RETURN_IF_ERROR(step_.find(name, function));
+      BATON_ASSIGN_OR_RETURN(*function, step_.find(name));
     }
     for (size_t d = 0; d < std::size(kDecodeHeadDims); ++d) {
       for (size_t r = 0; r < std::size(kDecodeRows); ++r) {
         CUfunction& function = decode_[d][r];
-        BATON_RETURN_IF_ERROR(
-            decode_module_.find(fmt::format("baton_attention_decode_{}_{}", kDecodeHeadDims[d], kDecodeRows[r]), &function));
+        BATON_ASSIGN_OR_RETURN(
+            function, decode_module_.find(fmt::format("baton_attention_decode_{}_{}", kDecodeHeadDims[d], kDecodeRows[r])));
         const size_t bytes = decode_shared_bytes(kDecodeHeadDims[d], kDecodeRows[r], kDecodeMaxSequences);
         if (bytes + 1024 > static_cast<size_t>(shared_bytes)) {  // validate_attention_shape tells
           function = nullptr;
@@ -260,7 +224,8 @@ class CudaKernelsImpl final : public CudaKernels {
   Status argmax(CUstream stream, const float* logits, int64_t rows, int64_t vocab, int32_t* tokens) override {
     BATON_CHECK(vocab > 0 && vocab <= INT32_MAX) << "vocab " << vocab;
     if (rows == 0) return Status();
-    return launch(argmax_, "argmax", blocks_for(rows, 1), row_threads(vocab / 4, 1024), 0, stream, logits, vocab, tokens);
+    const auto team = static_cast<unsigned>(team_);
+    return launch_kernel(*gpu_, argmax_, "argmax", {blocks_for(rows * team_, 1), kSampleThreads, 0, team}, stream, logits, vocab, tokens);
   }
 
  private:
@@ -276,26 +241,19 @@ class CudaKernelsImpl final : public CudaKernels {
   }
 
   template <typename... Arguments>
-  Status launch(CUfunction function, const char* what, unsigned blocks, unsigned threads, unsigned shared_bytes,
-                CUstream stream, Arguments... arguments) {
-    CUlaunchAttribute attribute{};
-    attribute.id = kLaunchProgrammaticSerialization;
-    attribute.value.number = 1;
-    CUlaunchConfig config{blocks, 1, 1, threads, 1, 1, shared_bytes, stream, &attribute, 1};
-    void* parameters[] = {&arguments...};
-    CurrentDevice current(*gpu_);
-    const Driver& cu = gpu_->driver();
-    const CUresult result = cu.launch_ex(&config, function, parameters, nullptr);
-    return result == kSuccess ? Status() : cu.check(result, fmt::format("launching {} on {}", what, gpu_->name()));
+  Status launch(CUfunction function, const char* what, unsigned blocks, unsigned threads, unsigned shared_bytes, CUstream stream,
+                Arguments... arguments) {
+    return launch_kernel(*gpu_, function, what, {blocks, threads, shared_bytes, 1}, stream, arguments...);
   }
 
   const std::shared_ptr<const Gpu> gpu_;
   std::string name_;
-  Module step_, decode_module_;
+  KernelModule step_, decode_module_;
   CUfunction embed_ = nullptr, rms_norm_ = nullptr, qkv_ = nullptr, silu_mul_ = nullptr, add_bias_ = nullptr,
              gather_rows_ = nullptr, argmax_ = nullptr;
   CUfunction decode_[std::size(kDecodeHeadDims)][std::size(kDecodeRows)] = {};
   int32_t decode_blocks_ = 0;
+  int32_t team_ = 1;  // blocks that share a row of logits
   DeviceMemory arrivals_;
   std::unique_ptr<PrefillAttention> prefill_;
 };
