@@ -83,24 +83,31 @@ struct Tile {
   static constexpr uint32_t kTileBytes = kKeys * kStride * 2;
 };
 
-/// Keys [first_key, first_key + kKeys) of K or of V into shared memory; zeros beyond key_end and head_dim.
+/// Keys [first_key, first_key + kKeys) of K or of V into shared memory; zeros beyond key_end and head_dim. A warp takes eight
+/// tokens at a time: they lie in one block.
 template <int Width>
 __device__ __forceinline__ void load_keys(const PrefillArguments& a, const unsigned char* pool, const int32_t* table,
                                           int32_t kv_head, int32_t first_key, int32_t key_end, uint32_t to) {
   using T = Tile<Width>;
   const int32_t head_dim = a.kv.head_dim, block_tokens = a.kv.block_tokens;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < T::kKeys * T::kWords; i += T::kThreads) {
-    const int row = i / T::kWords, word = i % T::kWords;
-    const int32_t key = first_key + row;
-    const bool valid = key < key_end && word * 8 < head_dim;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < T::kKeys / 8; i += T::kThreads / 32) {
+    const int group = i + threadIdx.x / 32;
+    const int32_t key = first_key + group * 8;
     const unsigned char* from = pool;
-    if (valid) {
-      const int32_t place = static_cast<uint32_t>(key) / static_cast<uint32_t>(block_tokens);
+    if (key < key_end) {
+      const int32_t place = key / block_tokens;
       from += table[place] * a.kv.block_stride_bytes +
-              ((static_cast<int64_t>(kv_head) * block_tokens + (key - place * block_tokens)) * head_dim + word * 8) * 2;
+              (static_cast<int64_t>(kv_head) * block_tokens + (key - place * block_tokens)) * head_dim * 2;
     }
-    copy_async(to + (row * T::kStride + word * 8) * 2, from, valid);
+#pragma unroll
+    for (int j = 0; j < Width; j += 32) {
+      const int row = (j + lane) / T::kWords, word = (j + lane) % T::kWords;
+      const bool valid = key + row < key_end && word * 8 < head_dim;
+      copy_async(to + ((group * 8 + row) * T::kStride + word * 8) * 2, from + (valid ? (row * head_dim + word * 8) * 2 : 0),
+                 valid);
+    }
   }
 }
 
