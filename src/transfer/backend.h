@@ -76,6 +76,11 @@ class Link {
   virtual bool late_writes_possible() const = 0;
   /// False while the destructor could not keep its promise: wait until what is posted has ended.
   virtual bool closable() const { return true; }
+  /// The peer's pool in this process's memory, where it is mapped; empty: it is not. Good while the link is, once ready().
+  virtual std::span<std::byte> mapped_pool(uint32_t pool) const {
+    (void)pool;
+    return {};
+  }
   /// Its name in Backend::checks().
   virtual CheckChannel::Connection connection() const = 0;
 

@@ -1,13 +1,12 @@
 #include "transfer/cuda/cuda_backend.h"
 
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <map>
+#include <optional>
 #include <unordered_map>
 
 #include "base/check.h"
@@ -18,6 +17,7 @@
 #include "transfer/cuda/copy_engine.h"
 #include "transfer/cuda/device.h"
 #include "transfer/cuda/read_back.h"
+#include "transfer/process_handle.h"
 #include "transfer/wire.h"
 
 namespace baton::transfer {
@@ -199,7 +199,7 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
     Epoch epoch = Epoch::kNone;
     std::string name;
     int pid = 0;
-    FileDescriptor process;  // its pidfd; none for this very process
+    std::optional<ProcessHandle> process;  // none: this very process
     bool said_goodbye = false;
   };
 
@@ -355,10 +355,7 @@ Status CudaBackend::fence(Epoch peer, uint64_t serial) {
 }
 
 bool CudaBackend::forget_the_dead() {
-  return std::erase_if(dying_, [](const Inbound& dying) {
-           pollfd fd{dying.process.get(), POLLIN, 0};
-           return ::poll(&fd, 1, 0) == 1;
-         }) > 0;
+  return std::erase_if(dying_, [](const Inbound& dying) { return dying.process->ended(); }) > 0;
 }
 
 Result<Welcome> CudaBackend::on_inbound(ControlPlane::Id id, const Hello& hello) {
@@ -368,8 +365,7 @@ Result<Welcome> CudaBackend::on_inbound(ControlPlane::Id id, const Hello& hello)
   inbound.pid = control_.remote_pid(id);
   if (inbound.pid != ::getpid()) {
     if (inbound.pid <= 0) return unavailable("'{}' lives in another pid namespace", hello.name);
-    inbound.process.reset(static_cast<int>(::syscall(SYS_pidfd_open, inbound.pid, 0)));
-    if (!inbound.process) return unavailable("pidfd_open of pid {}: {}", inbound.pid, std::strerror(errno));
+    BATON_ASSIGN_OR_RETURN(inbound.process, ProcessHandle::open(inbound.pid));
     // Still connected: so it was that process, and not one that was given its pid afterwards.
     if (!control_.still_connected(id)) return unavailable("'{}' is gone", hello.name);
   }
@@ -538,7 +534,7 @@ int64_t CudaBackend::prepare_wait(std::vector<pollfd>& fds) {
     if (context_->clock->now_ns() - last_event_ns_ < kSpinNs) return 0;
   }
   fds.push_back({control_.poll_fd(), POLLIN, 0});
-  for (const Inbound& dying : dying_) fds.push_back({dying.process.get(), POLLIN, 0});
+  for (const Inbound& dying : dying_) fds.push_back({dying.process->fd(), POLLIN, 0});
   if (std::exchange(waits_for_event_, false)) return kEventPollNs;
   return control_.wants_time() ? 1'000'000'000 : INT64_MAX;
 }

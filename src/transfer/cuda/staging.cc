@@ -67,6 +67,8 @@ Result<std::optional<uint32_t>> Stager::start(CUdeviceptr memory, std::span<cons
   std::optional<CopyEngine::Ticket> ticket;
   if (bulk) {
     BATON_ASSIGN_OR_RETURN(ticket, engine_->start_bulk(bulks_));
+  } else if (at <= kKernelBytes) {
+    BATON_ASSIGN_OR_RETURN(ticket, engine_->start(gathers ? memory : host, gathers ? host : memory, laid_out_, false));
   } else if (gathers) {
     BATON_ASSIGN_OR_RETURN(ticket, engine_->start(memory, buffer(copy), laid_out_, true, {}, {buffer(copy), host, at}));
   } else {

@@ -29,6 +29,9 @@ class Stager {
   /// Pieces of at least this size, all of them, go one by one through the copy engine.
   static constexpr uint64_t kBulkPieceBytes = 512u << 10;
 
+  /// So much in all goes through the kernel alone: one call of the driver instead of three.
+  static constexpr uint64_t kKernelBytes = 128u << 10;
+
   static Result<std::unique_ptr<Stager>> create(std::shared_ptr<const Device> device, Options options);
 
   /// Starts copying [source + local_offset, + bytes) of every piece to `host`, one behind the other. Returns the number
