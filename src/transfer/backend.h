@@ -47,6 +47,10 @@ struct LocalPool {
 
 struct BackendMessage {
   std::span<const Segment> segments;
+  /// Instead of segments, where PlanLimits::min_listed_bytes asks for it: `range` of these.
+  std::span<const BlockPair> blocks;
+  BlockRange range;
+  uint64_t remote_end = 0;  ///< with `blocks`: where the last of them ends in the remote pool
   uint64_t bytes = 0;
   const BackendRegion* local = nullptr;  ///< the region of the local pool
   uint32_t remote_pool = 0;

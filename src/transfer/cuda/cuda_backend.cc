@@ -159,7 +159,8 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
     constexpr uint64_t kMessageBytes = 64u << 20;
     limits_.plan = {.max_message_bytes = kMessageBytes,
                     .max_segments = CopyEngine::kMaxListPieces,
-                    .max_packed_segment_bytes = kMessageBytes};
+                    .max_packed_segment_bytes = kMessageBytes,
+                    .min_listed_bytes = 4096};  // smaller ones: neighbours joined are worth more
     limits_.max_inflight_messages = context_->config.max_inflight_per_rail;
     limits_.max_inflight_bytes = 4 * kMessageBytes;
     limits_.max_burst_bytes = 4 * kMessageBytes;
@@ -567,21 +568,26 @@ Result<PostResult> CudaLink::post(const BackendMessage& message) {
     BATON_RETURN_IF_ERROR(backend_.driver_->check(reached, "the event that a write waits for (cuEventQuery)"));
   }
   const Allocation& allocation = allocations_[pool->second.allocation];
+  const uint64_t room = allocation.bytes - pool->second.offset;
+  bool fits = message.remote_end <= room;
   for (const Segment& segment : message.segments) {
-    uint64_t room = allocation.bytes - pool->second.offset;
-    if (segment.bytes > room || segment.remote_offset > room - segment.bytes) {
-      return failed_precondition("pool {} of '{}' is larger than the allocation that it says it lies in",
-                                 message.remote_pool, peer_name_);
-    }
+    fits = fits && segment.bytes <= room && segment.remote_offset <= room - segment.bytes;
+  }
+  if (!fits) {
+    return failed_precondition("pool {} of '{}' is larger than the allocation that it says it lies in", message.remote_pool,
+                               peer_name_);
   }
   std::shared_ptr<Mapping>& mapping = mappings_[{pool->second.allocation, &local}];
   if (mapping == nullptr) {
     BATON_ASSIGN_OR_RETURN(mapping, backend_.map(allocation, local, same_process_, peer_name_));
   }
-  BATON_ASSIGN_OR_RETURN(
-      std::optional<CopyEngine::Ticket> ticket,
-      local.engine->start(reinterpret_cast<CUdeviceptr>(message.local->data), mapping->address() + pool->second.offset,
-                          message.segments, allocation.uuid == local.device->uuid()));
+  const auto from = reinterpret_cast<CUdeviceptr>(message.local->data);
+  const CUdeviceptr to = mapping->address() + pool->second.offset;
+  const bool within_device = allocation.uuid == local.device->uuid();
+  BATON_ASSIGN_OR_RETURN(std::optional<CopyEngine::Ticket> ticket,
+                         message.blocks.empty()
+                             ? local.engine->start(from, to, message.segments, within_device)
+                             : local.engine->start_blocks(from, to, message.blocks, message.range, within_device));
   if (!ticket) return PostResult::kAgain;
   bool was_idle = std::all_of(local.copies.begin(), local.copies.end(), [](const auto& one) { return one.empty(); });
   if (was_idle) local.last_end_ns = backend_.context_->clock->now_ns();

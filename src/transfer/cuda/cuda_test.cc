@@ -71,6 +71,29 @@ TEST_F(Cuda, ListsOfAnyLengthAreCopiedAndNothingElse) {
   }
 }
 
+TEST_F(Cuda, BlocksAreCopiedByTheirNumbersAndNothingElse) {
+  auto engine = make_engine(device_);
+  constexpr uint64_t kFrom = 1200, kTo = 1000;
+  PoolMemory from(8192 * kFrom, "cuda_ipc"), to(8192 * kTo, "cuda_ipc");
+  Random random(2);
+  for (std::byte& byte : from) byte = static_cast<std::byte>(random());
+  for (uint32_t count : {1u, 24u, 25u, 1000u, 8192u}) {
+    to.fill(std::byte{0});
+    std::vector<std::byte> expected(to.size());
+    std::vector<BlockPair> blocks;
+    for (uint32_t i = 0; i < count; ++i) {
+      blocks.push_back({i, (i * 11) % count});
+      std::memcpy(expected.data() + blocks.back().remote_block * kTo + 7, from.data() + i * kFrom + 7, 900);
+    }
+    auto ticket = engine->start_blocks(reinterpret_cast<CUdeviceptr>(from.data()), reinterpret_cast<CUdeviceptr>(to.data()),
+                                       blocks, {kFrom, kTo, 7, 900}, true);
+    ASSERT_TRUE(ticket.ok() && ticket->has_value());
+    ASSERT_EQ(engine->drain(), Status());
+    ASSERT_TRUE(engine->done(**ticket));
+    ASSERT_EQ(std::memcmp(to.data(), expected.data(), expected.size()), 0) << count;
+  }
+}
+
 TEST_F(Cuda, LargePiecesAreCut) {
   auto engine = make_engine(device_, 3);
   PoolMemory from(4u << 20, "cuda_ipc"), to(4u << 20, "cuda_ipc");
