@@ -37,7 +37,7 @@ WritePlan plan_write(BlockWrite write, uint64_t local_stride_bytes,
                      uint64_t remote_stride_bytes, const PlanLimits& limits) {
   BATON_CHECK(limits.max_segments > 0 && limits.max_message_bytes > 0);
   if (limits.min_listed_bytes > 0 && write.length_bytes >= limits.min_listed_bytes &&
-      write.length_bytes <= limits.max_message_bytes) {
+      write.length_bytes <= std::min(limits.max_listed_bytes, limits.max_message_bytes)) {
     return list_blocks(std::move(write), local_stride_bytes, remote_stride_bytes, limits);
   }
   WritePlan plan;

@@ -46,8 +46,9 @@ struct PlanLimits {
   /// Segments that one message may carry, and the size up to which that pays.
   uint32_t max_segments = 1;
   uint64_t max_packed_segment_bytes = 0;
-  /// Ranges of at least so much are left as blocks, which costs next to nothing; 0: the backend knows segments only.
+  /// Ranges from here to there are left as blocks, which costs next to nothing; 0: the backend knows segments only.
   uint64_t min_listed_bytes = 0;
+  uint64_t max_listed_bytes = 0;
 };
 
 /// The largest numbers in a list of blocks.

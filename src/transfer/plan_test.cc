@@ -95,7 +95,8 @@ TEST(PlanWrite, EveryByteIsMovedOnceWhateverTheLimits) {
 }
 
 TEST(Plan, BlocksOfATransportThatTakesThemStayBlocks) {
-  PlanLimits limits{.max_message_bytes = 1000, .max_segments = 4, .max_packed_segment_bytes = 1000, .min_listed_bytes = 100};
+  PlanLimits limits{.max_message_bytes = 1000, .max_segments = 4, .max_packed_segment_bytes = 1000,
+                    .min_listed_bytes = 100, .max_listed_bytes = 900};
   std::vector<BlockPair> pairs;
   for (uint32_t i = 0; i < 10; ++i) pairs.push_back({i, i + 1});
   WritePlan plan = plan_write(write_of(pairs, 10, 200), 400, 500, limits);
@@ -109,7 +110,7 @@ TEST(Plan, BlocksOfATransportThatTakesThemStayBlocks) {
                                          PlannedMessage{6, 2, 800}, PlannedMessage{8, 2, 800}));
   // Too small, and too large for one message.
   EXPECT_TRUE(plan_write(write_of(pairs, 0, 99), 400, 500, limits).blocks.empty());
-  EXPECT_TRUE(plan_write(write_of(pairs, 0, 1001), 2000, 2000, limits).blocks.empty());
+  EXPECT_TRUE(plan_write(write_of(pairs, 0, 901), 2000, 2000, limits).blocks.empty());
   EXPECT_TRUE(plan_write(write_of({}, 0, 200), 400, 500, limits).messages.empty());
   EXPECT_EQ(bounds_of(pairs).local, 9u);
   EXPECT_EQ(bounds_of(pairs).remote, 10u);

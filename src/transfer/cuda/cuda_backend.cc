@@ -160,7 +160,10 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
     limits_.plan = {.max_message_bytes = kMessageBytes,
                     .max_segments = CopyEngine::kMaxListPieces,
                     .max_packed_segment_bytes = kMessageBytes,
-                    .min_listed_bytes = 4096};  // smaller ones: neighbours joined are worth more
+                    // Smaller ones: neighbours joined are worth more. Larger ones are few, and so many warps that fetch
+                    // one number each from the host would wait for each other.
+                    .min_listed_bytes = 4096,
+                    .max_listed_bytes = CopyEngine::kMaxPieceBytes};
     limits_.max_inflight_messages = context_->config.max_inflight_per_rail;
     limits_.max_inflight_bytes = 4 * kMessageBytes;
     limits_.max_burst_bytes = 4 * kMessageBytes;
