@@ -531,6 +531,7 @@ class Initiator {
   template <typename Run>
   Status measure(Series& series, bool counts, Run run) {
     BATON_ASSIGN_OR_RETURN(BenchReply before, call({.command = BenchCommand::kUsage}));
+    if (gpu_) BATON_RETURN_IF_ERROR(gpu_->take_turn());
     uint64_t cpu_ns = process_cpu_ns();
     Result<double> seconds = run();
     cpu_ns = process_cpu_ns() - cpu_ns;

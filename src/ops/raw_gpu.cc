@@ -24,6 +24,7 @@ Result<GpuPool> GpuPool::open(const std::string& library, int32_t ordinal, uint6
   GpuPool pool;
   BATON_ASSIGN_OR_RETURN(pool.gpu_, cuda::Gpu::open(driver, ordinal));
   BATON_ASSIGN_OR_RETURN(pool.memory_, cuda::DeviceMemory::allocate(pool.gpu_, bytes));
+  BATON_ASSIGN_OR_RETURN(pool.scratch_, cuda::DeviceMemory::allocate(pool.gpu_, 256));
   return pool;
 }
 
@@ -41,6 +42,14 @@ Status GpuPool::fill(uint64_t offset, uint64_t count, uint8_t value) const {
 Status GpuPool::download(uint64_t offset, std::span<std::byte> to) const {
   CurrentDevice current(*gpu_);
   return gpu_->driver().check(gpu_->driver().copy_to_host(to.data(), address() + offset, to.size()), "cuMemcpyDtoH");
+}
+
+Status GpuPool::take_turn() const {
+  CurrentDevice current(*gpu_);
+  const Driver& cu = gpu_->driver();
+  std::byte word[8];
+  BATON_RETURN_IF_ERROR(cu.check(cu.memory_set(scratch_.address(), 0, sizeof(word)), "cuMemsetD8"));
+  return cu.check(cu.copy_to_host(word, scratch_.address(), sizeof(word)), "cuMemcpyDtoH");
 }
 
 Result<std::string> GpuPool::ipc_handle() const {

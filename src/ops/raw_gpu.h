@@ -27,12 +27,14 @@ class GpuPool {
   Status upload(std::span<const std::byte> from) const;
   Status fill(uint64_t offset, uint64_t bytes, uint8_t value) const;
   Status download(uint64_t offset, std::span<std::byte> to) const;
+  /// Until this process's kernels run there: two processes have one GPU in turn, and the change takes longer than a copy.
+  Status take_turn() const;
   /// For RawGpuCopy in another process.
   Result<std::string> ipc_handle() const;
 
  private:
   std::shared_ptr<const cuda::Gpu> gpu_;
-  cuda::DeviceMemory memory_;
+  cuda::DeviceMemory memory_, scratch_;
 };
 
 /// cuMemcpyAsync from a GPU pool into another process's, or into page-locked host memory.

@@ -16,7 +16,6 @@ constexpr size_t kListsOffset = 4096;
 constexpr uint32_t kWarpsPerCta = kCopyThreads / 32;
 constexpr uint32_t kMinUnitBytes = 2048;
 constexpr uint32_t kMaxUnitBytes = 8192;
-constexpr uint32_t kMaxInnerUnitBytes = 4096;
 
 }  // namespace
 
@@ -189,13 +188,13 @@ Status CopyEngine::launch_empty(Stream& stream, uint32_t index) {
 
 Status CopyEngine::launch(Stream& stream, uint32_t index, CopyArguments& arguments, uint64_t bytes, uint64_t largest,
                           bool within_device) {
-  // One thread block per multiprocessor saturates NVLink, PCIe and the device's own memory, which likes smaller units.
+  // One thread block per multiprocessor saturates NVLink and PCIe; the device's own memory takes two.
   const auto multiprocessors = static_cast<uint32_t>(device_->multiprocessors());
-  uint32_t ctas = options_.max_ctas != 0 ? options_.max_ctas : multiprocessors;
+  uint32_t ctas = options_.max_ctas != 0 ? options_.max_ctas : multiprocessors * (within_device ? 2 : 1);
   // Small copies are spread thin, for latency; large ones take a few KiB per warp and turn.
   uint64_t share = bytes / (static_cast<uint64_t>(ctas) * kWarpsPerCta);
   arguments.unit_bytes = std::clamp(static_cast<uint32_t>(std::bit_floor(std::min<uint64_t>(share, kMaxUnitBytes))),
-                                    kMinUnitBytes, within_device ? kMaxInnerUnitBytes : kMaxUnitBytes);
+                                    kMinUnitBytes, kMaxUnitBytes);
   arguments.units_per_piece =
       std::max<uint32_t>(1, static_cast<uint32_t>((largest + arguments.unit_bytes - 1) / arguments.unit_bytes));
   uint32_t units = arguments.piece_count * arguments.units_per_piece;
