@@ -29,7 +29,7 @@ __device__ __forceinline__ void copy_aligned(const uint4* from, uint4* to, uint3
 #pragma unroll
     for (uint32_t k = 0; k < kLoadsInFlight; ++k) v[k] = load_once(from + i + k * 32);
 #pragma unroll
-    for (uint32_t k = 0; k < kLoadsInFlight; ++k) to[i + k * 32] = v[k];
+    for (uint32_t k = 0; k < kLoadsInFlight; ++k) __stcs(to + i + k * 32, v[k]);  // 3 % inside a GPU, nothing over NVLink
   }
   for (; i < count; i += 32) to[i] = load_once(from + i);
 }

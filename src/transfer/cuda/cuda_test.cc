@@ -156,7 +156,9 @@ TEST_F(Cuda, StagingGathersAndScattersWithinItsBounds) {
     }
     move(pieces);
   }
-  move({{0, 3u << 20, Stager::kBulkPieceBytes}, {1u << 20, 2u << 20, Stager::kBulkPieceBytes + 77}});  // no kernel
+  move({{0, 3u << 20, 512u << 10}, {1u << 20, 2u << 20, (512u << 10) + 77}});
+  move({{77, 3u << 20, Stager::kKernelBytes + 1}});  // the copy engine alone
+  move({{77, 3u << 20, 100}, {1u << 20, 2u << 20, 5000}});  // the kernel alone
   EXPECT_TRUE(to == expected);
   EXPECT_TRUE(in->idle() && out->idle());
 

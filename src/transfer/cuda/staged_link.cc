@@ -7,7 +7,6 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "transfer/cuda/staged_backend_impl.h"
-#include "transfer/shm/stream_copy.h"
 
 namespace baton::transfer::staged {
 
@@ -114,15 +113,11 @@ Result<bool> StagedLink::gather(uint32_t slot) {
   const bool straight = route_ == Route::kStraight;
   if (one.device == nullptr) {
     std::byte* to = straight ? peer_slots_.data() + one.grant.slot * kSlotStride + kHeaderBytes : backend_.out().data(slot);
+    // Not past the caches: all slots fit into one, and who reads them next finds them there (8 GB/s instead of 5).
     for (const Segment& segment : one.segments) {
-      if (straight) {
-        stream_copy(to, one.source + segment.local_offset, segment.bytes);
-      } else {
-        std::memcpy(to, one.source + segment.local_offset, segment.bytes);
-      }
+      std::memcpy(to, one.source + segment.local_offset, segment.bytes);
       to += segment.bytes;
     }
-    if (straight) stream_fence();
     gathered_.push_back(slot);
     return true;
   }
