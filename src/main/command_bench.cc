@@ -166,11 +166,14 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
   auto command = std::make_shared<Command>();
   ops::BenchTransferOptions& o = command->options;
   CLI::App* app = bench.add_subcommand("transfer", "The transfer library between two processes or hosts, beside the bare transports.");
-  app->add_option("--transport", o.transports, "auto, shm, tcp, efa, verbs; one after the other")->capture_default_str();
+  app->add_option("--transport", o.transports, "auto, shm, tcp, efa, verbs, cuda_ipc, staged:shm, ...; one after the other")->capture_default_str();
   app->add_option("--block-bytes", command->block_bytes, "block sizes")->capture_default_str();
-  app->add_option("--blocks", o.blocks, "blocks of one transfer [as many as come to 32 MiB]");
+  app->add_option("--blocks", o.blocks, "blocks of one transfer [as many as come to 32 MiB, of GPU memory 256 MiB]");
   app->add_option("--order", o.order, "scattered, contiguous or both")->capture_default_str();
-  app->add_option("--memory", o.memory, "the target's pool: shared (peers on its host may map it) or private")->capture_default_str();
+  app->add_option("--memory", o.memory, "the target's pool: shared (peers on its host may map it) or private; cuda: GPU memory on both sides")->capture_default_str();
+  app->add_option("--device", o.device, "GPU of this side, with --memory cuda")->capture_default_str();
+  app->add_option("--peer-device", o.peer_device, "GPU of the target [the next one, or the same where there is one]");
+  app->add_option("--cuda-library", o.cuda_library, "CUDA's driver [libcuda.so.1]");
   app->add_option("--pool-bytes", command->pool_bytes, "memory on each side; with --listen the most that is given")->capture_default_str();
   app->add_option("--runs", o.runs, "runs of each; median, least and most are shown")->capture_default_str();
   app->add_option("--pings", o.pings, "blocks sent there and back for the notification latency")->capture_default_str();
@@ -198,6 +201,7 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
       if (command->role == "target" || !command->target.listen.empty()) {
         command->target.max_pool_bytes = options.pool_bytes;
         command->target.timeout_ms = options.timeout_ms;
+        command->target.cuda_library = options.cuda_library;
         Status status = ops::run_bench_transfer_target(command->target, [](uint16_t port) {
           fmt::print("waiting for an initiator on port {}\n", port);
           std::fflush(stdout);

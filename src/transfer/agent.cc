@@ -395,6 +395,7 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   if (config_.integrity) {
     peer->limits.max_burst_bytes = std::min(peer->limits.max_burst_bytes, kMaxHashedBurstBytes);
     peer->limits.plan.max_message_bytes = std::min(peer->limits.plan.max_message_bytes, kMaxHashedBurstBytes);
+    peer->limits.plan.min_listed_bytes = 0;  // what is hashed are segments
   }
   peer->reason = std::move(path.reason);
   peer->link = std::move(path.link);
@@ -436,7 +437,10 @@ Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite writ
                             write.length_bytes, write.offset_bytes, local.stride_bytes, remote->stride_bytes,
                             peer->metadata.name);
   }
+  const BlockBounds bounds = bounds_of(write.blocks);
+  const bool outside = bounds.local >= local.count || bounds.remote >= remote->count;
   for (const BlockPair& pair : write.blocks) {
+    if (!outside) break;
     if (pair.local_block >= local.count || pair.remote_block >= remote->count) {
       return invalid_argument("block {} -> {}: this pool has {} blocks, that of '{}' has {}", pair.local_block,
                               pair.remote_block, local.count, peer->metadata.name, remote->count);
@@ -446,21 +450,26 @@ Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite writ
   auto transfer = std::make_shared<Transfer::Impl>();
   transfer->agent = weak_from_this();
   transfer->peer = peer;
-  transfer->plan = plan_write(write, local.stride_bytes, remote->stride_bytes, peer->limits.plan);
+  transfer->block_count = write.blocks.size();
+  transfer->remote_end = bounds.remote * remote->stride_bytes + write.offset_bytes + write.length_bytes;
+  const uint64_t length_bytes = write.length_bytes;
+  const Tag tag = write.tag;
+  transfer->after = write.after;
+  const Deadline deadline = write.deadline;
+  transfer->plan = plan_write(std::move(write), local.stride_bytes, remote->stride_bytes, peer->limits.plan);
   transfer->message_count = transfer->plan.messages.size();
   transfer->byte_count = transfer->plan.bytes;
   transfer->local_region = local.region;
   transfer->remote_pool = remote->id;
-  transfer->tag = write.tag;
-  transfer->after = write.after;
+  transfer->tag = tag;
   int64_t longest_ns = clock_.now_ns() + config_.default_timeout_ms * 1'000'000;
-  transfer->deadline_ns = write.deadline == Deadline::never() ? longest_ns : write.deadline.at_ns;
+  transfer->deadline_ns = deadline == Deadline::never() ? longest_ns : deadline.at_ns;
   transfer->on_done = std::move(on_done);
   if (config_.integrity && transfer->message_count > 0) {
-    transfer->check = std::make_unique<OutgoingCheck>(write.length_bytes);
+    transfer->check = std::make_unique<OutgoingCheck>(length_bytes);
     transfer->check->remote_stride_bytes = remote->stride_bytes;
-    transfer->check->block_count = write.blocks.size();
-    transfer->counted_check = write.tag != Tag::kNone;
+    transfer->check->block_count = transfer->block_count;
+    transfer->counted_check = tag != Tag::kNone;
   }
 
   if (queued_.fetch_add(1) >= config_.max_queued_transfers) {

@@ -75,6 +75,8 @@ class baton::transfer::Transfer::Impl {
   std::shared_ptr<PeerCore> peer;
   WritePlan plan;  // emptied when done
   uint64_t message_count = 0;
+  uint64_t block_count = 0;
+  uint64_t remote_end = 0;
   bool counted_check = false;
   uint64_t byte_count = 0;
   MemoryRegion local_region;
