@@ -77,7 +77,9 @@ class EngineImpl final : public Engine {
   void note_deadline(Deadline deadline) { next_deadline_ = std::min(next_deadline_, deadline); }
   void notify_layer(int32_t layer, const Sequence& sequence, int32_t first_block, int32_t last_block,
                     const std::shared_ptr<void>& ready) const;
-  bool can_choose() const;
+  /// Fills choices_ and edits_; false: the logits are needed here.
+  bool choose_on_device();
+  SampleContext sample_context(Sequence& sequence) const;
   int64_t blocks_of(int64_t tokens) const { return layout_.tokens_to_blocks(tokens); }
   int64_t blocks_for_waiting() const;
   Status ensure_logits(int32_t rows);
@@ -113,6 +115,8 @@ class EngineImpl final : public Engine {
   Batch batch_;
   std::unique_ptr<Memory> logits_;
   std::vector<int32_t> chosen_;
+  std::vector<TokenChoice> choices_;  // by row with logits
+  std::vector<LogitEdit> edits_;
   int32_t logits_capacity_ = 0;      // rows
 };
 

@@ -220,9 +220,11 @@ Status EngineImpl::ensure_logits(int32_t rows) {
 Status EngineImpl::compute() {
   ForwardBatch batch = batch_.view();
   chosen_.clear();
-  if (can_choose()) {
+  if (choose_on_device()) {
     chosen_.resize(static_cast<size_t>(batch_.logit_rows()));
     batch.chosen = chosen_;
+    batch.choices = choices_;
+    batch.edits = edits_;
   } else {
     BATON_RETURN_IF_ERROR(ensure_logits(batch_.logit_rows()));
   }
@@ -242,17 +244,26 @@ Status EngineImpl::compute() {
   return model_.forward(batch, logits_ ? reinterpret_cast<float*>(logits_->span().data()) : nullptr);
 }
 
-/// When every row's token is the most likely one and nothing else is asked, the device can choose them: then no logits have
-/// to come to the host.
-bool EngineImpl::can_choose() const {
-  if (!model_.can_choose()) return false;
-  return std::ranges::all_of(work_, [](const Work& work) {
-    const SamplingParams& params = work.sequence->sampling;
-    return work.logits < 0 ||
-           (params.temperature == 0 && params.logprobs < 0 && params.logit_bias.empty() && params.presence_penalty == 0 &&
-            params.frequency_penalty == 0 && params.repetition_penalty == 1 &&
-            work.sequence->outputs() >= params.min_tokens);
-  });
+/// Unless somebody wants logprobs: then no logits have to come to the host.
+bool EngineImpl::choose_on_device() {
+  choices_.clear();
+  edits_.clear();
+  if (!model_.can_choose(0)) return false;
+  choices_.resize(static_cast<size_t>(batch_.logit_rows()));
+  for (const Work& work : work_) {
+    if (work.logits < 0) continue;
+    if (work.sequence->sampling.logprobs >= 0) return false;
+    choices_[static_cast<size_t>(work.logits)] = sampler_.choice(sample_context(*work.sequence), &edits_);
+  }
+  return model_.can_choose(edits_.size());
+}
+
+SampleContext EngineImpl::sample_context(Sequence& sequence) const {
+  return {.params = &sequence.sampling,
+          .tokens = sequence.tokens,
+          .prompt_tokens = static_cast<size_t>(sequence.prompt_tokens),
+          .output_index = sequence.outputs(),
+          .counts = &sequence.counts};
 }
 
 void EngineImpl::finish_rows(StepOutput* out) {
@@ -276,14 +287,11 @@ void EngineImpl::sample(const Work& work, StepOutput* out) {
   Result<SampledToken> sampled = SampledToken();
   if (!chosen_.empty()) {
     sampled->token = chosen_[static_cast<size_t>(work.logits)];
-    if (sampled->token < 0) sampled = internal_error("the model produced a NaN or an infinity");
+    if (sampled->token == kChosenNone) sampled = sampler_.nothing_left();
+    else if (sampled->token < 0) sampled = Sampler::not_finite();
   } else {
     float* logits = reinterpret_cast<float*>(logits_->span().data()) + static_cast<size_t>(work.logits) * vocab_size;
-    sampled = sampler_.sample({logits, vocab_size}, {.params = &sequence->sampling,
-                                                     .tokens = sequence->tokens,
-                                                     .prompt_tokens = static_cast<size_t>(sequence->prompt_tokens),
-                                                     .output_index = sequence->outputs(),
-                                                     .counts = &sequence->counts});
+    sampled = sampler_.sample({logits, vocab_size}, sample_context(*sequence));
   }
   if (!sampled.ok()) {
     fail(sequence, sampled.status(), out);

@@ -49,7 +49,7 @@ Sampler::Sampler(int32_t vocab_size, std::vector<TokenId> eos_token_ids)
 Result<SampledToken> Sampler::sample(std::span<float> logits, const SampleContext& context) {
   BATON_CHECK(logits.size() == vocab_size_) << logits.size() << " logits for a vocabulary of " << vocab_size_;
   const SamplingParams& params = *context.params;
-  if (!find_maxima(logits)) return internal_error("the model's logits contain a NaN or an infinity");
+  if (!find_maxima(logits)) return not_finite();
 
   SampledToken sampled;
   double log_sum = 0;  // of exp over the raw logits
@@ -80,13 +80,54 @@ Result<SampledToken> Sampler::sample(std::span<float> logits, const SampleContex
   for (size_t i = undo_.size(); i-- > 0;) logits[static_cast<size_t>(undo_[i].token)] = undo_[i].value;
   undo_.clear();
   if (!possible) {
-    return invalid_argument("no token may be chosen: min_tokens and stop_token_ids mask all {} of them", vocab_size_);
+    return nothing_left();
   }
   if (params.logprobs >= 0) {
     sampled.logprob = static_cast<float>(logits[static_cast<size_t>(sampled.token)] - log_sum);
   }
   return sampled;
 }
+
+TokenChoice Sampler::choice(const SampleContext& context, std::vector<LogitEdit>* edits) {
+  const SamplingParams& params = *context.params;
+  TokenChoice out;
+  out.greedy = is_greedy(params);
+  out.uniform = sampling_uniform(params.seed, context.output_index);
+  out.temperature = params.temperature;
+  out.top_p = params.top_p;
+  out.min_p = params.min_p;
+  out.top_k = params.top_k;
+  out.edit_begin = static_cast<int32_t>(edits->size());
+  edit_of_.clear();
+  const auto edit = [&](TokenId token) -> LogitEdit& {
+    const auto [at, is_new] = edit_of_.try_emplace(token, edits->size());
+    if (is_new) edits->push_back({.token = token});
+    return (*edits)[at->second];
+  };
+  if (context.output_index < params.min_tokens) {
+    for (TokenId token : eos_token_ids_) edit(token).bias = kMinusInfinity;
+    for (TokenId token : params.stop_token_ids) edit(token).bias = kMinusInfinity;
+  }
+  for (const auto& [token, bias] : params.logit_bias) edit(token).bias += std::clamp(bias, -100.0f, 100.0f);
+  if (params.repetition_penalty != 1.0f || params.frequency_penalty != 0.0f || params.presence_penalty != 0.0f) {
+    BATON_CHECK(context.counts != nullptr) << "penalties need the token counts";
+    context.counts->update(context.tokens, context.prompt_tokens);
+    for (const auto& [token, output_count] : context.counts->entries()) {
+      LogitEdit& change = edit(token);
+      change.repetition = params.repetition_penalty;
+      change.frequency = params.frequency_penalty * static_cast<float>(output_count);
+      change.presence = output_count > 0 ? params.presence_penalty : 0.0f;
+    }
+  }
+  out.edit_count = static_cast<int32_t>(edits->size()) - out.edit_begin;
+  return out;
+}
+
+Status Sampler::nothing_left() const {
+  return invalid_argument("no token may be chosen: min_tokens and stop_token_ids mask all {} of them", vocab_size_);
+}
+
+Status Sampler::not_finite() { return internal_error("the model's logits contain a NaN or an infinity"); }
 
 void Sampler::change(std::span<float> logits, TokenId token, float value) {
   float& logit = logits[static_cast<size_t>(token)];

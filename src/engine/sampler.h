@@ -8,6 +8,7 @@
 #include "base/status.h"
 #include "engine/request.h"
 #include "engine/sampler_loops.h"
+#include "model/token_choice.h"
 
 namespace baton {
 
@@ -63,9 +64,15 @@ class Sampler {
 
   Sampler(int32_t vocab_size, std::vector<TokenId> eos_token_ids);
 
+  /// The same choice for a device that makes it: what sample() would change is appended to `edits`. Without logprobs.
+  TokenChoice choice(const SampleContext& context, std::vector<LogitEdit>* edits);
+
   /// `logits` [vocab_size] are changed and put back. Errors: internal, when the model produced a NaN or an
   /// infinity; invalid_argument when nothing may be chosen (every token masked).
   Result<SampledToken> sample(std::span<float> logits, const SampleContext& context);
+  /// What sample() says where a device answered kChosenNotFinite or kChosenNone.
+  static Status not_finite();
+  Status nothing_left() const;
 
  private:
   static constexpr size_t kChunk = SamplerLoops::kChunk;
@@ -103,6 +110,7 @@ class Sampler {
   std::vector<double> histogram_;   // mass by leading bits of the weight
   std::vector<Candidate> candidates_, selection_;
   std::vector<Candidate> undo_;     // edited logits, oldest first
+  std::unordered_map<TokenId, size_t> edit_of_;  // scratch of choice()
 };
 
 }  // namespace baton

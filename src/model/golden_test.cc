@@ -66,7 +66,7 @@ class Runner {
       logit_rows.resize(tokens.size());
       std::iota(logit_rows.begin(), logit_rows.end(), 0);
     }
-    ForwardBatch batch{tokens, slices, logit_rows, pool(), kBlockTokens, {}, {}};
+    ForwardBatch batch{tokens, slices, logit_rows, pool(), kBlockTokens, {}, {}, {}, {}};
     if (layer_done) batch.layer_done = [&](int32_t layer, const std::shared_ptr<void>&) { layer_done(layer); };
     std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
     Status status = model_.forward(batch, logits.data());
@@ -84,7 +84,8 @@ class Runner {
       logit_rows.push_back(static_cast<int32_t>(tokens.size()) - 1);
     }
     std::vector<int32_t> chosen(parts.size());
-    ForwardBatch batch{tokens, slices, logit_rows, pool(), kBlockTokens, {}, chosen};
+    const std::vector<TokenChoice> choices(parts.size());
+    ForwardBatch batch{tokens, slices, logit_rows, pool(), kBlockTokens, {}, chosen, choices, {}};
     Status status = model_.forward(batch, nullptr);
     EXPECT_TRUE(status.ok()) << status.to_string();
     return chosen;
@@ -260,7 +261,7 @@ TEST_P(Golden, DecodingTogetherIsDecodingAlone) {
       EXPECT_LE(relative_error(std::span(logits).subspan(i * vocab, vocab), want), kTolerance) << i << " of " << count;
       EXPECT_EQ(0, std::memcmp(logits.data(), logits.data() + i * vocab, vocab * sizeof(float))) << i << " of " << count;
     }
-    if (model_->can_choose()) {
+    if (model_->can_choose(0)) {
       EXPECT_EQ(runner.choose(last), std::vector<int32_t>(count, best));
     }
   }
@@ -327,7 +328,7 @@ TEST_P(Golden, NoLogitsWantedStillWritesTheCache) {
   ASSERT_EQ(blocks, without.allocate(prompt.size()));
   with.forward({{prompt, 0, &blocks}});
   std::vector<SequenceSlice> slices{{0, 33, 0, blocks.data()}};
-  ForwardBatch batch{prompt, slices, {}, without.pool(), kBlockTokens, {}, {}};
+  ForwardBatch batch{prompt, slices, {}, without.pool(), kBlockTokens, {}, {}, {}, {}};
   ASSERT_TRUE(model_->forward(batch, nullptr).ok());
   EXPECT_EQ(0, std::memcmp(with.pool(), without.pool(), with.pool_bytes()));
 }
@@ -337,7 +338,7 @@ TEST_P(Golden, BadBatchesAreRefused) {
   std::vector<int32_t> blocks = runner.allocate(4), tokens{1, 2, 3, 4};
   std::vector<float> logits(4 * static_cast<size_t>(model_->config().vocab_size));
   auto message = [&](std::vector<int32_t> ids, std::vector<SequenceSlice> slices, std::vector<int32_t> rows) {
-    ForwardBatch batch{ids, slices, rows, runner.pool(), kBlockTokens, {}, {}};
+    ForwardBatch batch{ids, slices, rows, runner.pool(), kBlockTokens, {}, {}, {}, {}};
     return model_->forward(batch, logits.data()).message();
   };
   const int32_t* table = blocks.data();

@@ -12,6 +12,7 @@
 #include "kernels/kernels.h"
 #include "kv/block_layout.h"
 #include "model/model_config.h"
+#include "model/token_choice.h"
 #include "tensor/memory.h"
 
 namespace baton {
@@ -41,9 +42,11 @@ struct ForwardBatch {
   /// overlaps with the rest of the layer. `ready` empty: it is written and final. Else its get() is a CUevent that is
   /// reached when it is; whoever waits for it keeps it. On forward's thread; may be empty.
   std::function<void(int32_t layer, const std::shared_ptr<void>& ready)> layer_done;
-  /// [logit_rows] or empty. Not empty: instead of logits the model writes the most likely token of every row (the first
-  /// of equals), -1 where a logit is NaN or +infinity. Only when it can_choose().
+  /// [logit_rows] or empty. Not empty: instead of logits the model writes the token that it chose for every row as `choices`
+  /// [logit_rows] say, or kChosenNotFinite or kChosenNone. Only when it can_choose() with so many edits.
   std::span<int32_t> chosen;
+  std::span<const TokenChoice> choices;
+  std::span<const LogitEdit> edits;
 };
 
 /// The largest batch that will come, for models that plan their memory once.
@@ -70,7 +73,7 @@ class Model {
   /// logits [logit_rows.size(), vocab_size] float32, the caller's host memory (best of allocate_logits()). Workspace grows with
   /// the largest batch.
   virtual Status forward(const ForwardBatch& batch, float* logits) = 0;
-  virtual bool can_choose() const { return false; }
+  virtual bool can_choose(size_t /*edits*/) const { return false; }
   /// For people: "cuda/sm_90 (NVIDIA H200)"; empty on the CPU, whose kernels have a name of their own.
   virtual std::string device_name() const { return {}; }
   /// How fast its device reads memory, measured now (under a second): what bounds decoding.

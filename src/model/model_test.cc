@@ -67,7 +67,7 @@ class ModelLoad : public testing::Test {
     std::vector<int32_t> tokens{3, 1, 4, 1, 5, 9, 2, 6}, rows{7}, table{0};
     std::vector<SequenceSlice> slices{{0, 8, 0, table.data()}};
     auto pool = Buffer::allocate(static_cast<size_t>(model.layout(16).block_bytes()));
-    ForwardBatch batch{tokens, slices, rows, pool->data(), 16, {}, {}};
+    ForwardBatch batch{tokens, slices, rows, pool->data(), 16, {}, {}, {}, {}};
     std::vector<float> logits(static_cast<size_t>(model.config().vocab_size));
     EXPECT_TRUE(model.forward(batch, logits.data()).ok());
     return logits;

@@ -75,8 +75,8 @@ Status check_batch(const ModelConfig& config, int32_t max_model_len, const Forwa
     }
     previous = logit_row;
   }
-  if (!batch.chosen.empty() && batch.chosen.size() != batch.logit_rows.size()) {
-    return invalid_argument("{} tokens to choose for {} rows", batch.chosen.size(), batch.logit_rows.size());
+  if (!batch.chosen.empty() && (batch.chosen.size() != batch.logit_rows.size() || batch.choices.size() != batch.logit_rows.size())) {
+    return invalid_argument("{} tokens to choose in {} ways for {} rows", batch.chosen.size(), batch.choices.size(), batch.logit_rows.size());
   }
   if (!batch.logit_rows.empty() && batch.chosen.empty() && logits == nullptr) return invalid_argument("logits are wanted, but nowhere to put");
   return {};

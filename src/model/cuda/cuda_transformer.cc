@@ -176,13 +176,15 @@ Status CudaTransformer::reserve(const StepCapacity& needed) {
   place_all();
   BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().memory_set(memory_.address(), 0, bytes), "cuMemset"));
   BATON_ASSIGN_OR_RETURN(chosen_, cuda::PinnedMemory::allocate(parts_.gpu, static_cast<size_t>(logit_rows) * sizeof(int32_t)));
+  now.edits = kMaxEdits;
   BATON_ASSIGN_OR_RETURN(mixed_step_, StepBuffer::create(parts_.gpu, now));
   const int64_t decode_rows = graph_rows(static_cast<int32_t>(std::min<int64_t>(now.sequences, kMaxGraphRows)));
   BATON_ASSIGN_OR_RETURN(decode_step_, StepBuffer::create(parts_.gpu, {.rows = decode_rows,
                                                                        .sequences = decode_rows,
                                                                        .logit_rows = decode_rows,
                                                                        .table_entries = now.table_entries,
-                                                                       .tiles = 1}));
+                                                                       .tiles = 1,
+                                                                       .edits = kMaxEdits}));
   capacity_ = now;
   return {};
 }
@@ -338,9 +340,10 @@ Status CudaTransformer::mlp(const CudaLayer& layer, float* x, int64_t rows) {
   return parts_.kernels->add_bias(stream_, x, rows, config_.hidden_size, layer.down.bias.data);
 }
 
-Status CudaTransformer::head(const float* x, int64_t rows) {
+Status CudaTransformer::head(const StepPlan& plan, const float* x) {
+  const int64_t rows = plan.kept.rows;
   BATON_RETURN_IF_ERROR(normed_product(x, rows, parts_.weights.final_norm, parts_.weights.lm_head, LinearOutput::kFloat, work_.logits));
-  return parts_.kernels->argmax(stream_, work_.logits, rows, config_.vocab_size, work_.chosen);
+  return parts_.sampler->sample(stream_, work_.logits, rows, config_.vocab_size, plan.choices, plan.edits, work_.chosen);
 }
 
 Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) {
@@ -400,7 +403,7 @@ Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) 
     }
     BATON_RETURN_IF_ERROR(mlp(layer, x, left));
   }
-  return head(plan.keeps_all ? work_.x : work_.kept_x, plan.kept.rows);
+  return head(plan, plan.keeps_all ? work_.x : work_.kept_x);
 }
 
 Status CudaTransformer::fetch(const ForwardBatch& batch, float* logits) {
@@ -435,6 +438,7 @@ Result<std::unique_ptr<Model>> load_cuda_model(const ModelOptions& options, cons
   CudaTransformer::Parts parts;
   BATON_ASSIGN_OR_RETURN(parts.gpu, cuda::Gpu::open(driver, cuda.ordinal));
   BATON_ASSIGN_OR_RETURN(parts.kernels, cuda::CudaKernels::create(parts.gpu));
+  BATON_ASSIGN_OR_RETURN(parts.sampler, cuda::CudaSampler::create(parts.gpu));
   BATON_ASSIGN_OR_RETURN(parts.linear, cuda::CudaLinear::create(parts.gpu, cuda.blas_library, cuda.batch_invariant));
 
   ThreadPool threads(cuda.threads);

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/cuda/cuda_linear.h"
+#include "kernels/cuda/cuda_sampler.h"
 #include "model/cuda/cuda_model.h"
 #include "model/cuda/cuda_weights.h"
 #include "model/cuda/event_pool.h"
@@ -27,6 +28,7 @@ class CudaTransformer final : public Model {
     std::shared_ptr<const cuda::Gpu> gpu;
     std::unique_ptr<cuda::CudaKernels> kernels;
     std::unique_ptr<cuda::CudaLinear> linear;
+    std::unique_ptr<cuda::CudaSampler> sampler;
     std::unique_ptr<CudaWeightStore> store;  // what `weights` points into
     CudaWeights weights;
   };
@@ -38,7 +40,7 @@ class CudaTransformer final : public Model {
   int64_t weight_bytes() const override { return parts_.weights.bytes; }
   int32_t max_model_len() const override { return parts_.max_model_len; }
   Status forward(const ForwardBatch& batch, float* logits) override;
-  bool can_choose() const override { return true; }
+  bool can_choose(size_t edits) const override { return edits <= kMaxEdits; }
   std::string device_name() const override { return std::string(parts_.kernels->name()); }
   /// Of a copy inside the GPU, reading and writing together.
   Result<double> measure_read_bytes_per_s() override;
@@ -49,6 +51,9 @@ class CudaTransformer final : public Model {
   Result<std::unique_ptr<Memory>> allocate_logits(size_t bytes) override;
 
  private:
+  /// Of logits, in a step: some sequences with penalties over all of what they have said.
+  static constexpr size_t kMaxEdits = size_t{1} << 17;
+
   /// Pointers into `memory_`, for `rows` rows and `logit_rows` of them with logits.
   struct Workspace {
     int64_t rows = 0, logit_rows = 0;
@@ -83,7 +88,7 @@ class CudaTransformer final : public Model {
   /// y = bf16(norm(x)) W^T, in one kernel where there are few rows.
   Status normed_product(const float* x, int64_t rows, const CudaVector& norm, const CudaMatrix& weight, cuda::LinearOutput output, void* y);
   Status mlp(const CudaLayer& layer, float* x, int64_t rows);
-  Status head(const float* x, int64_t rows);
+  Status head(const StepPlan& plan, const float* x);
   Status product(const CudaMatrix& weight, int64_t rows, cuda::LinearOutput output, const bf16* x, void* y);
   Status fetch(const ForwardBatch& batch, float* logits);
   void drop_graphs();

@@ -1,6 +1,8 @@
 #include "model/cuda/step_buffer.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "base/check.h"
 
@@ -28,8 +30,9 @@ Result<StepBuffer> StepBuffer::create(std::shared_ptr<const cuda::Gpu> gpu, Step
   StepBuffer buffer;
   buffer.gpu_ = std::move(gpu);
   buffer.capacity_ = capacity;
-  const auto bytes = static_cast<size_t>(capacity.rows * 12 + capacity.sequences * 16 + capacity.logit_rows * 32 +
-                                         capacity.tiles * 8 + capacity.table_entries * 4) + 11 * kAlignment;
+  const auto bytes = static_cast<size_t>(capacity.rows * 12 + capacity.sequences * 16 + capacity.logit_rows * (32 + static_cast<int64_t>(sizeof(cuda::SampleRow))) +
+                                         capacity.edits * static_cast<int64_t>(sizeof(cuda::SampleEdit)) +
+                                         capacity.tiles * 8 + capacity.table_entries * 4) + 13 * kAlignment;
   BATON_ASSIGN_OR_RETURN(buffer.host_, cuda::PinnedMemory::allocate(buffer.gpu_, bytes));
   BATON_ASSIGN_OR_RETURN(buffer.device_, cuda::DeviceMemory::allocate(buffer.gpu_, bytes));
   size_t at = 0;
@@ -42,8 +45,11 @@ Result<StepBuffer> StepBuffer::create(std::shared_ptr<const cuda::Gpu> gpu, Step
   buffer.kept_sequences_ = buffer.array<cuda::DeviceSequence>(&at, capacity.logit_rows);
   buffer.tiles_ = buffer.array<cuda::PrefillTile>(&at, capacity.tiles);
   buffer.kept_tiles_ = buffer.array<cuda::PrefillTile>(&at, capacity.logit_rows);
+  buffer.choices_ = buffer.array<cuda::SampleRow>(&at, capacity.logit_rows);
   buffer.table_begin_ = at;
   buffer.tables_ = buffer.array<int32_t>(&at, capacity.table_entries);
+  buffer.edits_begin_ = at;
+  buffer.edits_ = buffer.array<cuda::SampleEdit>(&at, capacity.edits);
   BATON_CHECK(at <= bytes) << at << " of " << bytes;
   return buffer;
 }
@@ -53,6 +59,7 @@ StepCapacity StepBuffer::measure(const ForwardBatch& batch, int32_t tile_tokens)
   out.rows = std::ssize(batch.tokens);
   out.sequences = std::ssize(batch.sequences);
   out.logit_rows = std::ssize(batch.logit_rows);
+  out.edits = std::ssize(batch.edits);
   for (const SequenceSlice& slice : batch.sequences) {
     out.table_entries += table_entries(slice, batch.block_tokens);
     out.tiles += (slice.rows + tile_tokens - 1) / tile_tokens;
@@ -72,6 +79,9 @@ StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32
   plan.kept_rows = kept_rows_.device;
   plan.tiles = tiles_.device;
   plan.kept_tiles = kept_tiles_.device;
+  plan.choices = choices_.device;
+  plan.edits = edits_.device;
+  build_choices(batch, plan.keeps_all ? padded_rows : static_cast<int32_t>(batch.logit_rows.size()));
 
   std::copy(batch.tokens.begin(), batch.tokens.end(), tokens_.host);
   int32_t entries = 0;
@@ -118,9 +128,37 @@ StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32
   return plan;
 }
 
+/// A row that nobody chooses for is a greedy one: it changes no logit.
+void StepBuffer::build_choices(const ForwardBatch& batch, int32_t padded_rows) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i < static_cast<size_t>(padded_rows); ++i) {
+    cuda::SampleRow& row = choices_.host[i];
+    row = {.uniform = 0, .scale = 1, .top_p = 1, .min_p_offset = -kInfinity, .top_k = 0, .greedy = 1, .edit_begin = 0, .edit_count = 0};
+    if (i >= batch.choices.size()) continue;
+    const TokenChoice& choice = batch.choices[i];
+    row.greedy = choice.greedy ? 1 : 0;
+    row.edit_begin = choice.edit_begin;
+    row.edit_count = choice.edit_count;
+    if (choice.greedy) continue;
+    row.uniform = choice.uniform;
+    row.scale = 1.0f / choice.temperature;
+    row.top_p = choice.top_p;
+    row.top_k = choice.top_k;
+    if (choice.min_p > 0) row.min_p_offset = choice.temperature * std::log(choice.min_p);
+  }
+  for (size_t i = 0; i < batch.edits.size(); ++i) {
+    const LogitEdit& edit = batch.edits[i];
+    edits_.host[i] = {edit.token, edit.bias, edit.repetition, edit.frequency, edit.presence};
+  }
+  edit_bytes_ = batch.edits.size() * sizeof(cuda::SampleEdit);
+}
+
 Status StepBuffer::send(cuda::CUstream stream) {
   const cuda::Driver& cu = gpu_->driver();
-  return cu.check(cu.copy_async(device_.address(), host_.address(), used_bytes_, stream), "sending a step to the GPU");
+  BATON_RETURN_IF_ERROR(cu.check(cu.copy_async(device_.address(), host_.address(), used_bytes_, stream), "sending a step to the GPU"));
+  if (edit_bytes_ == 0) return {};
+  return cu.check(cu.copy_async(device_.address() + edits_begin_, host_.address() + edits_begin_, edit_bytes_, stream),
+                  "sending a step to the GPU");
 }
 
 }  // namespace baton

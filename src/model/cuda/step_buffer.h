@@ -6,6 +6,7 @@
 
 #include "base/cuda/gpu.h"
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/sample_arguments.h"
 #include "model/model.h"
 
 namespace baton {
@@ -17,10 +18,11 @@ struct StepCapacity {
   int64_t logit_rows = 0;
   int64_t table_entries = 0;
   int64_t tiles = 0;
+  int64_t edits = 0;
 
   bool holds(const StepCapacity& other) const {
     return rows >= other.rows && sequences >= other.sequences && logit_rows >= other.logit_rows &&
-           table_entries >= other.table_entries && tiles >= other.tiles;
+           table_entries >= other.table_entries && tiles >= other.tiles && edits >= other.edits;
   }
 };
 
@@ -35,6 +37,8 @@ struct StepPlan {
   cuda::StepView kept{};
   const int32_t* kept_rows = nullptr;        ///< [kept.rows] their rows in `step`
   bool keeps_all = false;                    ///< `kept` is `step`
+  const cuda::SampleRow* choices = nullptr;  ///< [kept.rows]
+  const cuda::SampleEdit* edits = nullptr;
 };
 
 /// A step's description, written by the host into page-locked memory and sent to the GPU in one copy. One thread; a step must have
@@ -59,6 +63,7 @@ class StepBuffer {
     T* host = nullptr;
     const T* device = nullptr;
   };
+  void build_choices(const ForwardBatch& batch, int32_t padded_rows);
   template <typename T>
   Array<T> array(size_t* at, int64_t count) const;
 
@@ -66,8 +71,10 @@ class StepBuffer {
   StepCapacity capacity_;
   cuda::PinnedMemory host_;
   cuda::DeviceMemory device_;
-  size_t table_begin_ = 0, used_bytes_ = 0;
+  size_t table_begin_ = 0, used_bytes_ = 0, edits_begin_ = 0, edit_bytes_ = 0;
   Array<int32_t> tokens_, positions_, slots_, kept_rows_, kept_positions_, tables_;
+  Array<cuda::SampleRow> choices_;
+  Array<cuda::SampleEdit> edits_;
   Array<cuda::DeviceSequence> sequences_, kept_sequences_;
   Array<cuda::PrefillTile> tiles_, kept_tiles_;
 };
