@@ -249,17 +249,13 @@ class Rows {
       if (last) begin_rows();
       mask(s);
       weigh(s, correction);
-      // O is multiplied by 1 mostly: a maximum that stands for long is found early. That the vote asks for the sums, which are
-      // never negative, has it wait for the weights: ptxas would put computing them behind the wait for the product.
-      const bool rescale = __any_sync(
-          0xffffffffu, !last && (correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f));
-      if (rescale) {
-        asm volatile("wgmma.wait_group.sync.aligned 0;  // and rescale" ::: "memory");
-        pin(o);
+      computed_by_now(sum_[0] + sum_[1]);
+      multiply_wait<0>();
+      pin(o);
+      // By 1 mostly: a maximum that stands for long is found early.
+      if (__any_sync(0xffffffffu, !last && (correction[0] != 1.0f || correction[1] != 1.0f))) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
-      } else {
-        multiply_wait<0>();
       }
       pin(o);
       pin(p);
