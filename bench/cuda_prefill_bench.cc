@@ -90,7 +90,7 @@ Timing measure(const std::shared_ptr<const Gpu>& gpu, PrefillAttention& attentio
   }
   std::stable_sort(tiles.begin(), tiles.end(), [](auto& a, auto& b) { return a.token_begin > b.token_begin; });
   const auto pool = upload(gpu, random_values(tables.size() * static_cast<size_t>(stride), 2));
-  const size_t q_elements = static_cast<size_t>(c.sequences) * static_cast<size_t>(c.rows) * static_cast<size_t>(c.heads * c.head_dim);
+  const auto q_elements = static_cast<size_t>(int64_t{c.sequences} * c.rows * c.heads * c.head_dim);
   const auto q = upload(gpu, random_values(q_elements, 3));
   const auto out = upload(gpu, std::vector<uint16_t>(q_elements));
   const auto device_tables = upload(gpu, tables);

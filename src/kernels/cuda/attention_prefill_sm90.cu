@@ -9,10 +9,10 @@
 /// its own sequence, is as in attention_prefill.cu.
 ///
 /// A thread block stays for the whole launch and takes items (a tile and a head) in turn. Warpgroup 0 brings Q, K and V into
-/// shared memory with the copy engine, a box per cache block and panel, two key tiles ahead. Warpgroups 1 and 2 have 64 query rows
-/// each: while one turns scores into weights, the other one's products keep the tensor cores busy (they hand each other
-/// the turn), and inside a warpgroup the scores of the next key tile, be it of the next item, are computed beside weights
-/// times V of this one.
+/// shared memory with the copy engine, a box per cache block and panel, two key tiles ahead. Warpgroups 1 and 2 have 64
+/// query rows each: while one turns scores into weights, the other one's products keep the tensor cores busy (they hand
+/// each other the turn), and inside a warpgroup the scores of the next key tile, be it of the next item, are computed beside
+/// weights times V of this one.
 ///
 ///   full_*  counts the copied bytes         waited for by the consumers
 ///   empty_* counts the consumers' 8 warps   waited for by the producer
@@ -64,8 +64,8 @@ struct Item {
   __device__ __forceinline__ int32_t key_end() const { return first_pos + tokens; }
 };
 
-/// In shared memory. An item is announced with its Q and is read until its rows are stored; by then no more than two others
-/// have been announced.
+/// In shared memory. An item is announced with its Q and is read until its rows are stored; by then no more than three others
+/// have been announced, since Q has two places.
 struct Exchange {
   uint64_t full_q[kStages], empty_q[kStages];
   uint64_t full_k[kStages], empty_k[kStages];
@@ -249,17 +249,13 @@ class Rows {
       if (last) begin_rows();
       mask(s);
       weigh(s, correction);
-      // O is multiplied by 1 mostly: a maximum that stands for long is found early. That the vote asks for the sums, which are
-      // never negative, has it wait for the weights: ptxas would put computing them behind the wait for the product.
-      const bool rescale = __any_sync(
-          0xffffffffu, !last && (correction[0] != 1.0f || correction[1] != 1.0f || sum_[0] + sum_[1] < 0.0f));
-      if (rescale) {
-        asm volatile("wgmma.wait_group.sync.aligned 0;  // and rescale" ::: "memory");
-        pin(o);
+      computed_by_now(sum_[0] + sum_[1]);
+      multiply_wait<0>();
+      pin(o);
+      // By 1 mostly: a maximum that stands for long is found early.
+      if (__any_sync(0xffffffffu, !last && (correction[0] != 1.0f || correction[1] != 1.0f))) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= correction[i / 2 % 2];
-      } else {
-        multiply_wait<0>();
       }
       pin(o);
       pin(p);
@@ -424,7 +420,7 @@ class Rows {
           const int at = (group * 4 + i) * 4 + r * 2;
           w[i] = pack(o[at] * inverse, o[at + 1] * inverse);
         }
-        // No branches, here least of all: with one that lanes may take differently ptxas gives up uniform registers for the loop.
+        // No branches: with one that lanes may take differently ptxas gives up uniform registers in the loop around this.
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           const uint32_t got = __shfl_xor_sync(0xffffffffu, quad & 1 ? w[i] : w[i + 1], 1);

@@ -38,6 +38,8 @@ const void* sm90_image() { return nullptr; }
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kMaxHeadDim = kPrefillWidths[std::size(kPrefillWidths) - 1];
 constexpr int64_t kMaxHeads = 1024;
+static_assert(kPrefillSm90Rows == prefill_rows(kPrefillSm90Widths[std::size(kPrefillSm90Widths) - 1]),
+              "tile_tokens() is the same for both");
 static_assert(sizeof(PrefillTile) == 2 * sizeof(int32_t) && offsetof(PrefillTile, sequence) == 0);
 
 /// The first width that is no narrower; the number of widths when there is none.
@@ -99,6 +101,7 @@ class PagedPrefill final : public PrefillAttention {
   Status launch(CUstream stream, const StepView& step, const PrefillTile* tiles, int32_t count, const Attention& args,
                 const DeviceKv& kv) override {
     BATON_CHECK(validate(args.heads, kv.kv_heads, kv.head_dim, kv.block_tokens).ok());
+    BATON_CHECK(args.scale > 0) << args.scale;
     if (count == 0) return {};
     BATON_CHECK(count > 0 && count <= std::numeric_limits<int32_t>::max() / 2 / args.heads) << count << " tiles";
     PrefillArguments arguments{
