@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include <numeric>
+#include <cmath>
 
 namespace baton {
 namespace {
@@ -41,6 +41,8 @@ class StepBufferTest : public testing::Test {
     batch.sequences = slices_;
     batch.logit_rows = logit_rows_;
     batch.block_tokens = kBlockTokens;
+    batch.choices = choices_;
+    batch.edits = edits_;
     return batch;
   }
 
@@ -49,6 +51,7 @@ class StepBufferTest : public testing::Test {
     StepCapacity capacity = StepBuffer::measure(built, kTile);
     capacity.rows = padded_rows;
     capacity.sequences += padded_rows - std::ssize(tokens_);
+    capacity.logit_rows = padded_rows;
     buffer_ = StepBuffer::create(gpu_, capacity).value();
     const StepPlan plan = buffer_.build(built, padded_rows, kTile, only_tiles);
     EXPECT_TRUE(buffer_.send(stream_).ok());
@@ -91,6 +94,8 @@ class StepBufferTest : public testing::Test {
   std::vector<std::vector<int32_t>> tables_;
   std::vector<SequenceSlice> slices_;
   std::vector<int32_t> tokens_, logit_rows_;
+  std::vector<TokenChoice> choices_;
+  std::vector<LogitEdit> edits_;
   int32_t next_block_ = 0;
 };
 
@@ -145,6 +150,34 @@ TEST_F(StepBufferTest, PaddedDecode) {
     EXPECT_EQ(sequences[i].rows, 0);
     EXPECT_EQ(sequences[i].first_row, static_cast<int32_t>(i));
   }
+}
+
+TEST_F(StepBufferTest, WaysToChoose) {
+  for (int32_t i = 0; i < 3; ++i) add(1, i);
+  want({0, 1, 2});
+  edits_ = {{.token = 7, .bias = 2.5f}, {.token = 9, .repetition = 1.5f, .frequency = 0.25f, .presence = 1}};
+  choices_ = {{}, {.greedy = false, .uniform = 0.625, .temperature = 0.5f, .top_p = 0.9f, .min_p = 0.125f, .top_k = 20, .edit_begin = 0, .edit_count = 2},
+              {.greedy = false, .temperature = 2}};
+  const StepPlan plan = build(4);
+  const auto rows = fetch(plan.choices, 4);
+  EXPECT_EQ(rows[0].greedy, 1);
+  EXPECT_EQ(rows[1].greedy, 0);
+  EXPECT_EQ(rows[1].uniform, 0.625);
+  EXPECT_EQ(rows[1].scale, 2.0f);
+  EXPECT_EQ(rows[1].top_p, 0.9f);
+  EXPECT_EQ(rows[1].top_k, 20);
+  EXPECT_FLOAT_EQ(rows[1].min_p_offset, 0.5f * std::log(0.125f));
+  EXPECT_EQ(rows[1].edit_count, 2);
+  EXPECT_EQ(rows[2].scale, 0.5f);
+  EXPECT_TRUE(std::isinf(rows[2].min_p_offset));
+  EXPECT_EQ(rows[3].greedy, 1) << "a row that fills the batch up";
+  EXPECT_EQ(rows[3].edit_count, 0);
+  const auto edits = fetch(plan.edits, 2);
+  EXPECT_EQ(edits[0].token, 7);
+  EXPECT_EQ(edits[0].bias, 2.5f);
+  EXPECT_EQ(edits[1].repetition, 1.5f);
+  EXPECT_EQ(edits[1].frequency, 0.25f);
+  EXPECT_EQ(edits[1].presence, 1.0f);
 }
 
 TEST_F(StepBufferTest, EverySequenceInTilesWhereNoneMayDecode) {
