@@ -209,6 +209,9 @@ std::vector<std::pair<std::string, CaseMaker>> case_makers(const ModelShape& m) 
   }
   for (const int32_t rows : {1, 32, 128}) {
     makers.emplace_back("argmax", [=](CudaKernels& k) { return cuda::argmax_case(k, rows, m.vocab); });
+    for (const bool limited : {false, true}) {
+      makers.emplace_back("sample", [=](CudaKernels& k) { return cuda::sample_case(k, rows, m.vocab, limited); });
+    }
   }
   return makers;
 }

@@ -190,16 +190,12 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     __syncthreads();
   }
 
-  // This block's share: `each` items, one more for the first `more` blocks.
-  const int32_t items = first_split[a.count] * pairs_per_sequence;
-  const int32_t blocks = static_cast<int32_t>(gridDim.x), each = items / blocks, more = items % blocks;
-  const auto block_of = [&](int32_t item) {
-    const int32_t longer = more * (each + 1);
-    return item < longer ? item / (each + 1) : more + (item - longer) / each;
-  };
-  const int32_t block = static_cast<int32_t>(blockIdx.x);
-  const int32_t item_begin = block * each + min(block, more);
-  const int32_t item_end = item_begin + each + (block < more ? 1 : 0);
+  // This block's share. All are equally long but the last ones, and a little longer than they have to be if that makes them
+  // whole pairs of contexts like the first.
+  const int32_t items = first_split[a.count] * pairs_per_sequence, pair_items = max(1, first_split[1]);
+  int32_t each = (items + static_cast<int32_t>(gridDim.x) - 1) / static_cast<int32_t>(gridDim.x);
+  if (const int32_t rounded = (each + pair_items - 1) / pair_items * pair_items; rounded - each <= each / 24) each = rounded;
+  const int32_t item_begin = min(items, static_cast<int32_t>(blockIdx.x) * each), item_end = min(items, item_begin + each);
   if (item_begin == item_end) {
     wait_for_previous();
     return;
@@ -405,7 +401,7 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
       warp_maxima[warp * 16 + lane / 4] = maximum[0], warp_sums[warp * 16 + lane / 4] = sum[0];
       if constexpr (kRows > 8) warp_maxima[warp * 16 + lane / 4 + 8] = maximum[1], warp_sums[warp * 16 + lane / 4 + 8] = sum[1];
     }
-    const int32_t owner = whole ? 0 : block_of(pair_begin);
+    const int32_t owner = whole ? 0 : pair_begin / each;
     float* const partial = a.partials + (static_cast<size_t>(owner) * kDecodeMaxSplits + place.split) * S::kPartialFloats;
     float factors[kWarps], old_factor = 1, new_factor = 1;
 #pragma unroll
@@ -460,24 +456,42 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     if (!whole) {
       if (threadIdx.x == 0) {
         __threadfence();
-        const uint32_t sharers = static_cast<uint32_t>(block_of(pair_end - 1) - owner) + 1;
+        const uint32_t sharers = static_cast<uint32_t>((pair_end - 1) / each - owner) + 1;
         last_to_arrive = atomicInc(a.arrivals + owner, sharers - 1) == sharers - 1;  // the last one wraps it back to 0
         __threadfence();
       }
       __syncthreads();
       if (!last_to_arrive) continue;
-      // Lane s holds the factors of split s for each row of the warp; maxima are exact, so a scan finds the same ones as a fold.
+      // The first partials are on their way while their factors are found. Lane s holds those of split s for each row of the warp;
+      // maxima are exact, so a scan finds the same ones as a fold.
       static_assert(kDecodeMaxSplits == 32);
+      constexpr int kAtOnce = kHeadDim > 128 ? 4 : 8;
       const float* const first = a.partials + static_cast<size_t>(owner) * kDecodeMaxSplits * S::kPartialFloats;
+      const float* const columns = first + merge_row * kHeadDim + merge_column;
       float sums[S::kChunks], old_factors[S::kChunks], new_factors[S::kChunks];
+      float loaded[kAtOnce][S::kChunks][S::kElements];
+      const auto load = [&](int32_t begin) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t s = min(begin + i, context.splits - 1);
+#pragma unroll
+          for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+            load_floats(loaded[i][chunk], columns + s * S::kPartialFloats + chunk * S::kColumns, true);
+          }
+        }
+      };
 #pragma unroll
       for (int j = 0; j < S::kChunks; ++j) {
         const int row = warp * S::kChunks + j;
         const bool is_split = lane < context.splits && row < rows;
         const float* const from = first + lane * S::kPartialFloats + kRows * kHeadDim + row;
-        const float m = is_split ? __ldcg(from) : kMinusInfinity;
+        new_factors[j] = is_split ? __ldcg(from) : kMinusInfinity;
         sums[j] = is_split ? __ldcg(from + kRows) : 0.0f;
-        float top = m;
+      }
+      load(0);
+#pragma unroll
+      for (int j = 0; j < S::kChunks; ++j) {
+        float top = new_factors[j];
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
           const float other = __shfl_up_sync(kAllLanes, top, step);
@@ -486,25 +500,25 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
         float before = __shfl_up_sync(kAllLanes, top, 1);
         if (lane == 0) before = kMinusInfinity;
         old_factors[j] = power_of_two(before - top);
-        new_factors[j] = power_of_two(m - top);
+        new_factors[j] = power_of_two(new_factors[j] - top);
       }
       folded.clear();
-      const float* const columns = first + merge_row * kHeadDim + merge_column;
-#pragma unroll 4
-      for (int32_t s = 0; s < context.splits; ++s) {
-        float l = 0;
+      for (int32_t begin = 0; begin < context.splits; begin += kAtOnce) {
+        if (begin > 0) load(begin);
 #pragma unroll
-        for (int j = 0; j < S::kChunks; ++j) {
-          const float l_j = __shfl_sync(kAllLanes, sums[j], s);
-          const float old_j = __shfl_sync(kAllLanes, old_factors[j], s), new_j = __shfl_sync(kAllLanes, new_factors[j], s);
-          if (j == merge_row % S::kChunks) l = l_j, old_factor = old_j, new_factor = new_j;
-        }
-        folded.fold_sum(l, old_factor, new_factor);
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t s = begin + i;
+          if (s >= context.splits) break;
+          float l = 0;
 #pragma unroll
-        for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-          float v[S::kElements];
-          load_floats(v, columns + s * S::kPartialFloats + chunk * S::kColumns, true);
-          folded.fold_values(chunk, v, old_factor, new_factor);
+          for (int j = 0; j < S::kChunks; ++j) {
+            const float l_j = __shfl_sync(kAllLanes, sums[j], s);
+            const float old_j = __shfl_sync(kAllLanes, old_factors[j], s), new_j = __shfl_sync(kAllLanes, new_factors[j], s);
+            if (j == merge_row % S::kChunks) l = l_j, old_factor = old_j, new_factor = new_j;
+          }
+          folded.fold_sum(l, old_factor, new_factor);
+#pragma unroll
+          for (int chunk = 0; chunk < S::kChunks; ++chunk) folded.fold_values(chunk, loaded[i][chunk], old_factor, new_factor);
         }
       }
     }

@@ -11,7 +11,6 @@
 #include "kernels/cuda/prefill_attention.h"
 #include "kernels/cuda/sample_arguments.h"
 
-
 namespace baton::cuda {
 namespace {
 
@@ -54,7 +53,7 @@ class CudaKernelsImpl final : public CudaKernels {
       return unimplemented("this build has no CUDA kernels (nvcc was not found when it was built)");
     }
     name_ = fmt::format("cuda/sm_{}{} ({})", capability.major, capability.minor, gpu_->name());
-    team_ = capability.has_clusters() ? kTeamBlocks : 1;
+    has_clusters_ = capability.has_clusters();
     BATON_ASSIGN_OR_RETURN(step_, KernelModule::load(gpu_, step_image(), "step"));
     BATON_ASSIGN_OR_RETURN(decode_module_, KernelModule::load(gpu_, decode_image(), "attention"));
     const Driver& cu = gpu_->driver();
@@ -143,9 +142,14 @@ class CudaKernelsImpl final : public CudaKernels {
     a.norm_eps = args.norm_eps;
     a.heads = args.heads;
     a.threads_per_head = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(kv.head_dim / 8)));
-    const int64_t units = static_cast<int64_t>(step.rows) * (args.heads + 2 * kv.kv_heads) * a.threads_per_head;
-    const unsigned threads = units <= 8192 ? 64 : 256;  // few rows: over as many multiprocessors as possible
-    return launch(qkv_, "qkv_rope_kv_write", blocks_for(units, threads), threads, 0, stream, a);
+    // A block works on one row; when there are few, on fewer of its heads, so that more multiprocessors have some.
+    const auto threads_per_head = static_cast<unsigned>(a.threads_per_head);
+    const unsigned heads = static_cast<unsigned>(args.heads) + 2 * static_cast<unsigned>(kv.kv_heads);
+    const unsigned threads = step.rows <= 16 ? 64 : 256;
+    const unsigned heads_per_block = threads / threads_per_head;
+    return launch_kernel(*gpu_, qkv_, "qkv_rope_kv_write",
+                         {.blocks = static_cast<unsigned>(step.rows), .threads = threads,
+                          .blocks_y = (heads + heads_per_block - 1) / heads_per_block}, stream, a);
   }
 
   Status attention_decode(CUstream stream, const StepView& step, int32_t first, int32_t count, const Attention& args,
@@ -224,8 +228,9 @@ class CudaKernelsImpl final : public CudaKernels {
   Status argmax(CUstream stream, const float* logits, int64_t rows, int64_t vocab, int32_t* tokens) override {
     BATON_CHECK(vocab > 0 && vocab <= INT32_MAX) << "vocab " << vocab;
     if (rows == 0) return Status();
-    const auto team = static_cast<unsigned>(team_);
-    return launch_kernel(*gpu_, argmax_, "argmax", {blocks_for(rows * team_, 1), kSampleThreads, 0, team}, stream, logits, vocab, tokens);
+    const auto team = static_cast<unsigned>(row_team(has_clusters_, rows));
+    return launch_kernel(*gpu_, argmax_, "argmax", {.blocks = blocks_for(rows * team, 1), .threads = kSampleThreads, .cluster = team},
+                         stream, logits, vocab, tokens);
   }
 
  private:
@@ -243,7 +248,7 @@ class CudaKernelsImpl final : public CudaKernels {
   template <typename... Arguments>
   Status launch(CUfunction function, const char* what, unsigned blocks, unsigned threads, unsigned shared_bytes, CUstream stream,
                 Arguments... arguments) {
-    return launch_kernel(*gpu_, function, what, {blocks, threads, shared_bytes, 1}, stream, arguments...);
+    return launch_kernel(*gpu_, function, what, {.blocks = blocks, .threads = threads, .shared_bytes = shared_bytes}, stream, arguments...);
   }
 
   const std::shared_ptr<const Gpu> gpu_;
@@ -253,7 +258,7 @@ class CudaKernelsImpl final : public CudaKernels {
              gather_rows_ = nullptr, argmax_ = nullptr;
   CUfunction decode_[std::size(kDecodeHeadDims)][std::size(kDecodeRows)] = {};
   int32_t decode_blocks_ = 0;
-  int32_t team_ = 1;  // blocks that share a row of logits
+  bool has_clusters_ = false;
   DeviceMemory arrivals_;
   std::unique_ptr<PrefillAttention> prefill_;
 };

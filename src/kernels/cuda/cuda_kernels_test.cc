@@ -175,7 +175,16 @@ TEST_F(CudaKernelsTest, GatherRows) {
 
 TEST_F(CudaKernelsTest, Argmax) {
   for (const int64_t vocab : {1, 2, 5, 31, 33, 1000, 4099, 151936, 128257}) {
-    for (const int64_t rows : {1, 17}) expect_parity(argmax_case(*kernels_, rows, vocab));
+    for (const int64_t rows : {1, 17, 40, 70}) expect_parity(argmax_case(*kernels_, rows, vocab));
+  }
+}
+
+TEST_F(CudaKernelsTest, Sample) {
+  for (const int64_t vocab : {3, 1001, 32000}) {
+    for (const int64_t rows : {1, 40, 70}) {
+      expect_parity(sample_case(*kernels_, rows, vocab, false));
+      expect_parity(sample_case(*kernels_, rows, vocab, true));
+    }
   }
 }
 

@@ -32,7 +32,7 @@ class Impl final : public CudaSampler {
   Status init() {
     BATON_ASSIGN_OR_RETURN(const ComputeCapability capability, compute_capability(*gpu_));
     if (kernel_image() == nullptr) return unimplemented("this build has no CUDA kernels: nvcc was not found when it was built");
-    team_ = capability.has_clusters() ? kTeamBlocks : 1;
+    has_clusters_ = capability.has_clusters();
     BATON_ASSIGN_OR_RETURN(module_, KernelModule::load(gpu_, kernel_image(), "sampling"));
     BATON_ASSIGN_OR_RETURN(function_, module_.find("baton_sample"));
     CurrentDevice current(*gpu_);
@@ -43,7 +43,7 @@ class Impl final : public CudaSampler {
   Status sample(CUstream stream, float* logits, int64_t rows, int64_t vocab, const SampleRow* how, const SampleEdit* edits,
                 int32_t* tokens) override {
     BATON_CHECK(vocab > 0 && vocab <= (int64_t{1} << 30)) << "vocab " << vocab;
-    BATON_CHECK(rows >= 0 && rows <= INT32_MAX / team_) << rows << " rows";
+    BATON_CHECK(rows >= 0 && rows <= INT32_MAX / 8) << rows << " rows";
     if (rows == 0) return Status();
     SampleArguments a = {};
     a.logits = logits;
@@ -52,16 +52,17 @@ class Impl final : public CudaSampler {
     a.tokens = tokens;
     a.vocab = vocab;
     a.unit = std::ldexp(1.0f, 62 - std::bit_width(static_cast<uint64_t>(vocab)));
-    const auto team = static_cast<unsigned>(team_);
-    return launch_kernel(*gpu_, function_, "sampling", {static_cast<unsigned>(rows) * team, kSampleThreads, kSampleSharedBytes, team},
-                         stream, a);
+    const auto team = static_cast<unsigned>(row_team(has_clusters_, rows));
+    return launch_kernel(*gpu_, function_, "sampling",
+                         {.blocks = static_cast<unsigned>(rows) * team, .threads = kSampleThreads, .shared_bytes = kSampleSharedBytes,
+                          .cluster = team}, stream, a);
   }
 
  private:
   const std::shared_ptr<const Gpu> gpu_;
   KernelModule module_;
   CUfunction function_ = nullptr;
-  int32_t team_ = 1;
+  bool has_clusters_ = false;
 };
 
 }  // namespace

@@ -50,7 +50,7 @@ Status launch_kernel(const Gpu& gpu, CUfunction function, const char* what, cons
   attributes[1].id = kLaunchClusterDimension;
   const unsigned dimensions[3] = {shape.cluster, 1, 1};
   std::memcpy(attributes[1].value.bytes, dimensions, sizeof(dimensions));
-  CUlaunchConfig config{shape.blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream, attributes, shape.cluster > 1 ? 2u : 1u};
+  CUlaunchConfig config{shape.blocks, shape.blocks_y, 1, shape.threads, 1, 1, shape.shared_bytes, stream, attributes, shape.cluster > 1 ? 2u : 1u};
   CurrentDevice current(gpu);
   const CUresult result = gpu.driver().launch_ex(&config, function, parameters, nullptr);
   return result == kSuccess ? Status() : gpu.driver().check(result, fmt::format("launching {} on {}", what, gpu.name()));

@@ -37,10 +37,14 @@ struct ComputeCapability {
 /// unimplemented: the driver is too old to compute with, or the GPU older than sm_80.
 Result<ComputeCapability> compute_capability(const Gpu& gpu);
 
+/// Thread blocks that share a row of logits: fewer when the rows alone fill the GPU.
+constexpr int32_t row_team(bool has_clusters, int64_t rows) { return !has_clusters ? 1 : rows <= 32 ? 8 : rows <= 64 ? 4 : 2; }
+
 struct LaunchShape {
   unsigned blocks = 1;
   unsigned threads = 32;
   unsigned shared_bytes = 0;
+  unsigned blocks_y = 1;
   unsigned cluster = 1;  ///< blocks of a cluster; more than 1 where there are clusters only
 };
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/random.h"
+#include "kernels/cuda/cuda_sampler.h"
 #include "kernels/kernels.h"
 
 namespace baton::cuda {
@@ -382,6 +383,106 @@ class ArgmaxCase final : public SimpleCase<int32_t> {
   Array<float> device_logits_;
 };
 
+class SampleCase final : public SimpleCase<int32_t> {
+ public:
+  SampleCase(CudaKernels& kernels, int64_t rows, int64_t vocab, bool limited)
+      : SimpleCase(kernels, "sample", fmt::format("{} x {}{}", rows, vocab, limited ? " top-k top-p" : "")), rows_(rows), vocab_(vocab) {
+    Random random(81);
+    logits_.resize(static_cast<size_t>(rows * vocab));
+    for (size_t i = 0; i < logits_.size(); ++i) {
+      // Roughly normal; of many rows most are the first one's, shifted.
+      const auto width = static_cast<size_t>(vocab);
+      logits_[i] = i < 2 * width ? static_cast<float>((random.uniform() + random.uniform() + random.uniform() - 1.5) * 12)
+                                 : logits_[i - width - 1];
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      SampleRow row = {};
+      row.uniform = random.uniform();
+      row.scale = 1.0f / 0.8f;
+      row.top_p = limited ? 0.9f : 1.0f;
+      row.top_k = limited ? 50 : 0;
+      row.min_p_offset = -std::numeric_limits<float>::infinity();
+      row.edit_begin = static_cast<int32_t>(edits_.size());
+      row.edit_count = static_cast<int32_t>(std::min<int64_t>(vocab, 20));
+      for (int32_t i = 0; i < row.edit_count; ++i) edits_.push_back({i, 0.5f, 1.25f, 0.25f, 0.125f});
+      how_.push_back(row);
+    }
+    bytes_ = rows * vocab * 4;
+  }
+  Status init() {
+    BATON_ASSIGN_OR_RETURN(sampler_, CudaSampler::create(gpu()));
+    BATON_ASSIGN_OR_RETURN(device_logits_, Array<float>::upload(gpu(), logits_));
+    BATON_ASSIGN_OR_RETURN(device_how_, Array<SampleRow>::upload(gpu(), how_));
+    BATON_ASSIGN_OR_RETURN(device_edits_, Array<SampleEdit>::upload(gpu(), edits_));
+    BATON_ASSIGN_OR_RETURN(out_, Array<int32_t>::allocate(gpu(), how_.size()));
+    return Status();
+  }
+  Status launch(CUstream stream) override {
+    return sampler_->sample(stream, device_logits_.data(), rows_, vocab_, device_how_.data(), device_edits_.data(), out_.data());
+  }
+
+ private:
+  Status reset() override {
+    BATON_ASSIGN_OR_RETURN(device_logits_, Array<float>::upload(gpu(), logits_));
+    return out_.poison();
+  }
+  /// By sorting, in double.
+  std::vector<int32_t> reference() override {
+    std::vector<int32_t> expected;
+    for (size_t m = 0; m < how_.size(); ++m) {
+      const SampleRow& how = how_[m];
+      const auto width = static_cast<size_t>(vocab_);
+      std::vector<float> logits(logits_.begin() + static_cast<ptrdiff_t>(m * width), logits_.begin() + static_cast<ptrdiff_t>((m + 1) * width));
+      for (int32_t i = 0; i < how.edit_count; ++i) {
+        const SampleEdit& edit = edits_[static_cast<size_t>(how.edit_begin + i)];
+        float& logit = logits[static_cast<size_t>(edit.token)];
+        logit += edit.bias;
+        logit = logit > 0 ? logit / edit.repetition : logit * edit.repetition;
+        logit = logit - edit.frequency - edit.presence;
+      }
+      std::vector<int32_t> order(width);
+      std::iota(order.begin(), order.end(), 0);
+      std::ranges::stable_sort(order, std::greater<>(), [&](int32_t i) { return logits[static_cast<size_t>(i)]; });
+      const auto weight = [&](int32_t i) {
+        return std::exp(static_cast<double>((logits[static_cast<size_t>(i)] - logits[static_cast<size_t>(order[0])]) * how.scale));
+      };
+      size_t kept = width;
+      if (how.top_k > 0 && static_cast<size_t>(how.top_k) < width) {
+        kept = static_cast<size_t>(how.top_k);
+        const float least = logits[static_cast<size_t>(order[kept - 1])];
+        while (kept < width && logits[static_cast<size_t>(order[kept])] == least) ++kept;
+      }
+      double mass = 0, passed = 0;
+      for (size_t i = 0; i < kept; ++i) mass += weight(order[i]);
+      for (size_t i = 0; i < kept && how.top_p < 1; ++i) {
+        passed += weight(order[i]);
+        if (passed >= static_cast<double>(how.top_p) * mass) kept = i + 1;
+      }
+      order.resize(kept);
+      std::ranges::sort(order);
+      mass = passed = 0;
+      for (const int32_t i : order) mass += weight(i);
+      int32_t chosen = 0;
+      for (const int32_t i : order) {
+        chosen = i;
+        passed += weight(i);
+        if (passed > how.uniform * mass) break;
+      }
+      expected.push_back(chosen);
+    }
+    return expected;
+  }
+
+  int64_t rows_, vocab_;
+  std::vector<float> logits_;
+  std::vector<SampleRow> how_;
+  std::vector<SampleEdit> edits_;
+  std::unique_ptr<CudaSampler> sampler_;
+  Array<float> device_logits_;
+  Array<SampleRow> device_how_;
+  Array<SampleEdit> device_edits_;
+};
+
 /// The same cache in both orders: rows of heads on the GPU, pairs on the CPU.
 struct CacheShape {
   int32_t kv_heads, block_tokens, head_dim;
@@ -683,5 +784,8 @@ CaseResult gather_rows_case(CudaKernels& kernels, int64_t rows, int64_t row_byte
   return make_case<GatherRowsCase>(kernels, rows, row_bytes);
 }
 CaseResult argmax_case(CudaKernels& kernels, int64_t rows, int64_t vocab) { return make_case<ArgmaxCase>(kernels, rows, vocab); }
+CaseResult sample_case(CudaKernels& kernels, int64_t rows, int64_t vocab, bool limited) {
+  return make_case<SampleCase>(kernels, rows, vocab, limited);
+}
 
 }  // namespace baton::cuda

@@ -74,5 +74,7 @@ CaseResult add_bias_case(CudaKernels& kernels, int64_t rows, int64_t width);
 CaseResult gather_rows_case(CudaKernels& kernels, int64_t rows, int64_t row_bytes);
 /// With ties, NaN and infinities in some rows.
 CaseResult argmax_case(CudaKernels& kernels, int64_t rows, int64_t vocab);
+/// Temperature 0.8 and a few edits; `limited`: the 50 most likely tokens, and of these the likeliest 90 %.
+CaseResult sample_case(CudaKernels& kernels, int64_t rows, int64_t vocab, bool limited);
 
 }  // namespace baton::cuda

@@ -50,40 +50,49 @@ struct Selection {
 struct Team {
   const float* row;
   int64_t begin, end;              // of this warp
-  uint64_t (*lanes)[32];           // [bins][lanes]
+  uint32_t (*low)[32];             // [bins][lanes]: a histogram for each lane, numbers of 64 bits in two halves, for
+  uint32_t (*high)[32];            // shared memory adds 32 at a time
   Shared* shared;
   uint32_t turn = 0;
 
   template <typename Body>
   __device__ __forceinline__ void for_each(Body body) const {
-    for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) body(row[i], static_cast<uint32_t>(i));
+    constexpr int kAtOnce = 8;  // loads on their way
+    int64_t i = begin + threadIdx.x % 32;
+    for (; i + (kAtOnce - 1) * 32 < end; i += kAtOnce * 32) {
+      float values[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) values[k] = row[i + k * 32];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) body(values[k], static_cast<uint32_t>(i + k * 32));
+    }
+    for (; i < end; i += 32) body(row[i], static_cast<uint32_t>(i));
   }
 
   /// The largest key whose elements together with those of all larger keys come to `target`, which is positive and no more than the
-  /// sum over all. element(value, i, &key, &amount): amounts of 0 are none.
-  template <typename Element>
-  __device__ Selection select(uint64_t target, Element element) {
+  /// sum over all. visit(take) calls take(key, amount) for each element of this thread; amounts of 0 are none.
+  template <typename Visit>
+  __device__ Selection select(uint64_t target, Visit visit) {
     Selection selection = {0, 0, 0};
+    const int lane = threadIdx.x % 32;
     for (int shift = 24; shift >= 0; shift -= 8) {
-      uint64_t* const flat = &lanes[0][0];
-      for (int i = threadIdx.x; i < kSampleBins * 32; i += kSampleThreads) flat[i] = 0;
+      for (int i = threadIdx.x / 32; i < kSampleBins; i += kWarps) low[i][lane] = high[i][lane] = 0;
       __syncthreads();
-      for_each([&](float value, uint32_t i) {
-        uint32_t key;
-        uint64_t amount;
-        element(value, i, key, amount);
+      visit([&](uint32_t key, uint64_t amount) {
         const bool inside = shift == 24 || (key ^ selection.key) >> (shift + 8) == 0;
         if (amount == 0 || !inside) return;
-        atomicAdd(reinterpret_cast<unsigned long long*>(&lanes[key >> shift & 255][threadIdx.x % 32]),
-                  static_cast<unsigned long long>(amount));
+        const uint32_t bin = key >> shift & 255, add = static_cast<uint32_t>(amount);
+        const uint32_t before = atomicAdd(&low[bin][lane], add);
+        const uint32_t carried = static_cast<uint32_t>(amount >> 32) + (before + add < before ? 1 : 0);
+        if (carried != 0) atomicAdd(&high[bin][lane], carried);
       });
       __syncthreads();
       uint64_t(&bins)[kSampleBins] = shared->bins[turn % 2];
       for (int i = threadIdx.x / 32; i < kSampleBins; i += kWarps) {
-        uint64_t sum = lanes[i][threadIdx.x % 32];
+        uint64_t sum = static_cast<uint64_t>(high[i][lane]) << 32 | low[i][lane];
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-        if (threadIdx.x % 32 == 0) bins[i] = sum;
+        if (lane == 0) bins[i] = sum;
       }
       ++turn;
       team_sync();
@@ -187,9 +196,16 @@ __device__ int32_t sample_row(Team& team, const SampleRow& how, float unit, int6
 
   float threshold = -__int_as_float(0x7f800000);
   if (how.top_k > 0 && how.top_k < vocab) {
-    const Selection kth = team.select(static_cast<uint64_t>(how.top_k), [](float value, uint32_t, uint32_t& key, uint64_t& amount) {
-      key = order_of(value);
-      amount = 1;
+    const auto count = static_cast<uint64_t>(how.top_k);
+    // The k-th largest of the threads' maxima is no larger than the k-th of all, and leaves little to choose from.
+    uint32_t least = 0;
+    if (count <= team_size() * kSampleThreads && team_size() * kSampleThreads <= vocab) {
+      uint32_t mine = 0;
+      team.for_each([&](float value, uint32_t) { mine = max(mine, order_of(value)); });
+      least = team.select(count, [&](auto take) { take(mine, 1); }).key;
+    }
+    const Selection kth = team.select(count, [&](auto take) {
+      team.for_each([&](float value, uint32_t) { take(order_of(value), order_of(value) >= least ? 1 : 0); });
     });
     threshold = value_of_order(kth.key);
   }
@@ -205,10 +221,11 @@ __device__ int32_t sample_row(Team& team, const SampleRow& how, float unit, int6
   if (how.top_p < 1.0f) {
     const double wanted = ceil(static_cast<double>(how.top_p) * static_cast<double>(total));
     const uint64_t target = min(max(static_cast<uint64_t>(wanted), uint64_t{1}), total);
-    const Selection cut = team.select(target, [&](float value, uint32_t, uint32_t& key, uint64_t& amount) {
-      const float w = weight(value);
-      key = __float_as_uint(w);
-      amount = mass(w);
+    const Selection cut = team.select(target, [&](auto take) {
+      team.for_each([&](float value, uint32_t) {
+        const float w = weight(value);
+        take(__float_as_uint(w), mass(w));
+      });
     });
     least = cut.key;
     const uint64_t each = mass(__uint_as_float(least));
@@ -236,7 +253,7 @@ __device__ int32_t sample_row(Team& team, const SampleRow& how, float unit, int6
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kSampleThreads) baton_sample(const __grid_constant__ SampleArguments a) {
-  extern __shared__ __align__(128) uint64_t histogram[];
+  extern __shared__ __align__(128) uint32_t histogram[][32];
   __shared__ Shared shared;
   wait_for_previous();
   let_next_begin();
@@ -254,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads) baton_sample(const 
   }
   __syncthreads();
   const int64_t per_warp = (end - begin + kWarps - 1) / kWarps, warp_begin = min(end, begin + threadIdx.x / 32 * per_warp);
-  Team team = {row, warp_begin, min(end, warp_begin + per_warp), reinterpret_cast<uint64_t(*)[32]>(histogram), &shared};
+  Team team = {row, warp_begin, min(end, warp_begin + per_warp), histogram, histogram + kSampleBins, &shared};
   const int32_t token = sample_row(team, how, a.unit, a.vocab, begin, end);
   if (team_rank() == 0 && threadIdx.x == 0) a.tokens[index] = token;
   team_sync();  // others may still read this block's shared memory

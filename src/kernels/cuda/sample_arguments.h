@@ -42,6 +42,5 @@ struct SampleArguments {
 inline constexpr int32_t kSampleThreads = 512;
 inline constexpr int32_t kSampleBins = 256;
 inline constexpr int32_t kSampleSharedBytes = kSampleBins * 32 * 8;  // a histogram for each lane
-inline constexpr int32_t kTeamBlocks = 8;                            // that share a row on Hopper and newer
 
 }  // namespace baton::cuda

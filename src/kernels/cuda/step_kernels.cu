@@ -87,11 +87,10 @@ extern "C" __global__ void __launch_bounds__(256) baton_qkv_rope_kv_write(const 
   wait_for_previous();
   let_next_begin();
   const int32_t head_dim = a.kv.head_dim, half = head_dim / 2, all_heads = a.heads + 2 * a.kv.kv_heads;
-  const int64_t unit = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / a.threads_per_head;
-  const int64_t row = unit / all_heads;
-  const int32_t head = static_cast<int32_t>(unit % all_heads);
+  const int64_t row = blockIdx.x;
+  const int32_t head = static_cast<int32_t>((blockIdx.y * blockDim.x + threadIdx.x) / a.threads_per_head);
   const int32_t low = static_cast<int32_t>(threadIdx.x % a.threads_per_head) * 4;
-  const int32_t slot = row < a.step.rows ? a.step.slots[row] : -1;
+  const int32_t slot = head < all_heads ? a.step.slots[row] : -1;
   const bool active = slot >= 0 && low < half;  // the others take part in the sums of their warp
   float v[8] = {};
   if (active) {
