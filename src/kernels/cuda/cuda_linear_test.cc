@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/random.h"
+#include "kernels/cuda/cublaslt_library.h"
 
 namespace baton::cuda {
 namespace {
@@ -305,6 +306,20 @@ TEST_F(CudaLinearTest, AChainOfProductsCanBeCapturedAndReplayed) {
     EXPECT_EQ(cu().graph_exec_destroy(exec), kSuccess);
     EXPECT_EQ(cu().graph_destroy(graph), kSuccess);
   }
+}
+
+TEST(CublasLt, ALibraryThatIsNotThereIsNamed) {
+  const auto loaded = CublasLt::load("/nowhere/libcublasLt.so");
+  ASSERT_FALSE(loaded.ok());
+  EXPECT_EQ(loaded.status().code(), StatusCode::kUnavailable);
+  EXPECT_NE(loaded.status().message().find("/nowhere/libcublasLt.so"), std::string::npos) << loaded.status().to_string();
+}
+
+TEST(CublasLt, ALibraryWithoutItsFunctionsIsRefused) {
+  const auto loaded = CublasLt::load("libm.so.6");
+  ASSERT_FALSE(loaded.ok());
+  EXPECT_EQ(loaded.status().code(), StatusCode::kUnavailable);
+  EXPECT_NE(loaded.status().message().find("cublasLtCreate"), std::string::npos) << loaded.status().to_string();
 }
 
 }  // namespace
