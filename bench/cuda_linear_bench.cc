@@ -3,7 +3,8 @@
 //
 //   cuda_linear_bench [--cublaslt PATH] [--model llama-8b|qwen-0.6b] [--rows N,N,...] [--gpu N]
 //
-// "ours" computes what "cuBLASLt" computes; from 512 rows on it is what tune() has chosen. "fused" also does the RMSNorms before qkv, gate_up and the head, and SiLU.
+// "ours" computes what "cuBLASLt" computes; from 512 rows on it is cuBLASLt as tune() has chosen. "fused" also does the
+// RMSNorms before qkv, gate_up and the head, and SiLU.
 // Every figure is the median of several replays. Errors are against double precision, on a sample of the outputs.
 
 #include <fmt/format.h>

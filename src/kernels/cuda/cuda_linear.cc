@@ -38,6 +38,11 @@ class Linear final : public CudaLinear {
     return shape.rows <= gemv_rows_ ? Status() : library_->prepare(shape);
   }
 
+  Status reserve(CUstream stream) override {
+    BATON_RETURN_IF_ERROR(gemv_->reserve(stream));
+    return library_->reserve(stream);
+  }
+
   Status tune(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) override {
     check_shape(shape);
     return library_->tune(stream, shape, x, weight, y);

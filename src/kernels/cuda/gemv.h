@@ -20,6 +20,8 @@ class Gemv {
   static Result<std::unique_ptr<Gemv>> create(std::shared_ptr<const Gpu> gpu);
   ~Gemv();
 
+  Status reserve(CUstream stream) { return normed_.find(stream).status(); }
+
   /// All of `args` but x_shared_stride, which is found here.
   Status launch(CUstream stream, GemvArguments args);
 

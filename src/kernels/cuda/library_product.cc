@@ -1,6 +1,6 @@
 #include "kernels/cuda/library_product.h"
 
-#include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 namespace baton::cuda {
@@ -11,8 +11,8 @@ constexpr size_t kWorkspaceBytes = 32u << 20;
 /// A chunked prefill has a new shape whenever its last chunk has a new length. A plan is some 400 bytes.
 constexpr size_t kMaxPlans = 8192;
 constexpr int kCandidates = 12;
-/// Rows at which the library's first choice says which family of algorithms a product of more or fewer rows uses.
-constexpr int64_t kFamilyRows = 2048;
+/// Rows for which the algorithm is chosen where one, or one family, has to serve all numbers of rows.
+constexpr int64_t kCommonRows = 512;
 constexpr int64_t kMinTunedRows = 512;
 constexpr int kTuneRounds = 3;
 
@@ -113,58 +113,61 @@ Result<std::vector<CublasLtHeuristic>> LibraryProduct::candidates(const LinearSh
   return found;
 }
 
-Result<int> LibraryProduct::find_family(const LinearShape& shape) {
-  const std::tuple<int64_t, int64_t, LinearOutput> key{shape.out_features, shape.in_features, shape.output};
-  if (auto at = families_.find(key); at != families_.end()) return at->second;
-  LinearShape many = shape;
-  many.rows = kFamilyRows;
+Result<CublasLtAlgorithm> LibraryProduct::find_common(const LinearShape& shape) {
+  const Features key{shape.out_features, shape.in_features, shape.output};
+  if (auto at = common_.find(key); at != common_.end()) return at->second;
+  LinearShape common = shape;
+  common.rows = kCommonRows;
   Plan plan(library_);
-  BATON_RETURN_IF_ERROR(describe(many, plan));
-  BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found, candidates(many, plan, 1));
-  int family = 0;
-  size_t written = 0;
-  BATON_RETURN_IF_ERROR(
-      library_->check(library_->algorithm_config(&found[0].algorithm, kAlgorithmId, &family, sizeof(family), &written),
-                      "cublasLtMatmulAlgoConfigGetAttribute"));
-  return families_.emplace(key, family).first->second;
+  BATON_RETURN_IF_ERROR(describe(common, plan));
+  BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found, candidates(common, plan, 1));
+  return common_.emplace(key, found[0].algorithm).first->second;
 }
 
-Result<std::vector<CublasLtHeuristic>> LibraryProduct::unsplit_candidates(const LinearShape& shape, const Plan& plan) {
-  BATON_ASSIGN_OR_RETURN(const int wanted, find_family(shape));
-  BATON_ASSIGN_OR_RETURN(std::vector<CublasLtHeuristic> found, candidates(shape, plan, kCandidates));
-  std::erase_if(found, [&](const CublasLtHeuristic& candidate) {
-    int family = 0, splits = 0;
+Result<std::vector<CublasLtHeuristic>> LibraryProduct::family_candidates(const LinearShape& shape, const Plan& plan) {
+  const auto read = [&](const CublasLtAlgorithm& algorithm, int attribute) {
+    int value = -1;
     size_t written = 0;
-    return library_->algorithm_config(&candidate.algorithm, kAlgorithmId, &family, sizeof(family), &written) != 0 ||
-           library_->algorithm_config(&candidate.algorithm, kAlgorithmSplits, &splits, sizeof(splits), &written) != 0 ||
-           family != wanted || splits > 1;
+    return library_->algorithm_config(&algorithm, attribute, &value, sizeof(value), &written) == 0 ? value : -1;
+  };
+  BATON_ASSIGN_OR_RETURN(const CublasLtAlgorithm common, find_common(shape));
+  BATON_ASSIGN_OR_RETURN(std::vector<CublasLtHeuristic> found, candidates(shape, plan, kCandidates));
+  const CublasLtHeuristic first = found[0];
+  std::erase_if(found, [&](const CublasLtHeuristic& candidate) {
+    return read(candidate.algorithm, kAlgorithmId) != read(common, kAlgorithmId) || read(candidate.algorithm, kAlgorithmSplits) > 1;
   });
-  if (!found.empty()) return found;
-  if (batch_invariant_) {
-    return unavailable("cuBLASLt has no algorithm whose bits don't depend on the number of rows for a {}: run without "
-                       "--batch-invariant", text(shape));
-  }
-  return candidates(shape, plan, 1);
+  if (found.empty()) found.push_back(first);
+  return found;
 }
 
-Result<std::unique_ptr<LibraryProduct::Plan>> LibraryProduct::make_plan(const LinearShape& shape) {
-  auto plan = std::make_unique<Plan>(library_);
-  BATON_RETURN_IF_ERROR(describe(shape, *plan));
-  if (may_split(shape)) {
-    BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found, candidates(shape, *plan, 1));
-    plan->algorithm = found[0].algorithm;
-  } else {
-    BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found, unsplit_candidates(shape, *plan));
-    plan->algorithm = found[0].algorithm;
+const CublasLtAlgorithm* LibraryProduct::find_tuned(const LinearShape& shape) const {
+  const auto tuned = tuned_.find({shape.out_features, shape.in_features, shape.output});
+  if (tuned == tuned_.end()) return nullptr;
+  const CublasLtAlgorithm* nearest = nullptr;
+  int64_t distance = shape.rows / 3 + 1;  // an algorithm for 8,192 rows is good for 6,200, too
+  for (const auto& [rows, algorithm] : tuned->second) {
+    if (std::abs(rows - shape.rows) >= distance) continue;
+    distance = std::abs(rows - shape.rows);
+    nearest = &algorithm;
   }
-  return plan;
+  return nearest;
 }
 
-Result<LibraryProduct::Plan*> LibraryProduct::find_plan(const LinearShape& shape) {
+Result<CublasLtAlgorithm> LibraryProduct::choose(const LinearShape& shape, const Plan& plan) {
+  if (batch_invariant_) return find_common(shape);
+  if (const CublasLtAlgorithm* tuned = may_split(shape) ? nullptr : find_tuned(shape); tuned != nullptr) return *tuned;
+  BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found,
+                         may_split(shape) ? candidates(shape, plan, 1) : family_candidates(shape, plan));
+  return found[0].algorithm;
+}
+
+Result<const LibraryProduct::Plan*> LibraryProduct::find_plan(const LinearShape& shape) {
   const Key key{shape.rows, shape.out_features, shape.in_features, shape.output};
   if (auto at = plans_.find(key); at != plans_.end()) return at->second.get();
-  if (plans_.size() >= kMaxPlans) std::erase_if(plans_, [](const auto& entry) { return !entry.second->tuned; });
-  BATON_ASSIGN_OR_RETURN(std::unique_ptr<Plan> plan, make_plan(shape));
+  if (plans_.size() >= kMaxPlans) plans_.clear();
+  auto plan = std::make_unique<Plan>(library_);
+  BATON_RETURN_IF_ERROR(describe(shape, *plan));
+  BATON_ASSIGN_OR_RETURN(plan->algorithm, choose(shape, *plan));
   return plans_.emplace(key, std::move(plan)).first->second.get();
 }
 
@@ -172,6 +175,8 @@ Status LibraryProduct::prepare(const LinearShape& shape) {
   CurrentDevice current(*gpu_);
   return find_plan(shape).status();
 }
+
+Status LibraryProduct::reserve(CUstream stream) { return workspaces_.find(stream).status(); }
 
 Status LibraryProduct::run(CUstream stream, const LinearShape& shape, const Plan& plan, const CublasLtAlgorithm& algorithm,
                            const bf16* x, const bf16* weight, void* y) {
@@ -190,22 +195,21 @@ Status LibraryProduct::product(CUstream stream, const LinearShape& shape, const 
 }
 
 Status LibraryProduct::tune(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) {
-  if (shape.rows < kMinTunedRows) {
-    return invalid_argument("a {} is not tuned: that is for {} rows or more", text(shape), kMinTunedRows);
-  }
+  if (batch_invariant_ || shape.rows < kMinTunedRows) return {};
   CurrentDevice current(*gpu_);
   const Driver& cu = gpu_->driver();
-  BATON_ASSIGN_OR_RETURN(Plan* plan, find_plan(shape));
-  BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found, unsplit_candidates(shape, *plan));
+  Plan plan(library_);
+  BATON_RETURN_IF_ERROR(describe(shape, plan));
+  BATON_ASSIGN_OR_RETURN(const std::vector<CublasLtHeuristic> found, family_candidates(shape, plan));
   EventPair events(cu);
   BATON_RETURN_IF_ERROR(events.create());
-  CublasLtAlgorithm best = plan->algorithm;
+  CublasLtAlgorithm best = found[0].algorithm;
   float best_ms = 0.0f;
   for (const CublasLtHeuristic& candidate : found) {
     for (int round = 0; round < kTuneRounds; ++round) {
       float ms = 0.0f;
       BATON_RETURN_IF_ERROR(cu.check(cu.event_record(events.begin, stream), "cuEventRecord"));
-      BATON_RETURN_IF_ERROR(run(stream, shape, *plan, candidate.algorithm, x, weight, y));
+      BATON_RETURN_IF_ERROR(run(stream, shape, plan, candidate.algorithm, x, weight, y));
       BATON_RETURN_IF_ERROR(cu.check(cu.event_record(events.end, stream), "cuEventRecord"));
       BATON_RETURN_IF_ERROR(cu.check(cu.stream_synchronize(stream), "cuStreamSynchronize"));
       BATON_RETURN_IF_ERROR(cu.check(cu.event_elapsed_ms(&ms, events.begin, events.end), "cuEventElapsedTime"));
@@ -216,8 +220,8 @@ Status LibraryProduct::tune(CUstream stream, const LinearShape& shape, const bf1
       }
     }
   }
-  plan->algorithm = best;
-  plan->tuned = true;
+  tuned_[{shape.out_features, shape.in_features, shape.output}][shape.rows] = best;
+  plans_.clear();
   return {};
 }
 

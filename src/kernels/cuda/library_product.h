@@ -16,9 +16,9 @@ namespace baton::cuda {
 
 /// Products by cuBLASLt: one choice of algorithm per shape, kept; one workspace per stream. One thread at a time.
 ///
-/// Algorithms of one family that don't split a sum over thread blocks give a row the same bits, whatever their tiles and
-/// however many rows there are (measured on an H200 for 1 to 8,192 rows, and what cuda_linear_test holds). Above
-/// CudaLinear::kMaxSplitRows rows, or with `batch_invariant` always, no others are used.
+/// With `batch_invariant` one algorithm, which splits no sum over thread blocks, serves a product at any number of rows. Without,
+/// above CudaLinear::kMaxSplitRows rows, any of the same family does that splits no sum: they give a row the same bits, whatever
+/// their tiles and however many rows there are (seen on an H200 for 1 to 8,192 rows, and held by cuda_linear_test).
 class LibraryProduct {
  public:
   static Result<std::unique_ptr<LibraryProduct>> create(std::shared_ptr<const Gpu> gpu, const std::string& library,
@@ -26,6 +26,7 @@ class LibraryProduct {
   ~LibraryProduct();
 
   Status prepare(const LinearShape& shape);
+  Status reserve(CUstream stream);
   /// As CudaLinear::tune.
   Status tune(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y);
   Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y);
@@ -46,19 +47,20 @@ class LibraryProduct {
     CublasLtMatmulDesc desc = nullptr;
     CublasLtMatrixLayout weight = nullptr, x = nullptr, y = nullptr;
     CublasLtAlgorithm algorithm{};
-    bool tuned = false;
   };
   using Key = std::tuple<int64_t, int64_t, int64_t, LinearOutput>;
 
   LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library, bool batch_invariant);
   bool may_split(const LinearShape& shape) const;
-  Result<Plan*> find_plan(const LinearShape& shape);
-  Result<std::unique_ptr<Plan>> make_plan(const LinearShape& shape);
+  Result<const Plan*> find_plan(const LinearShape& shape);
   Status describe(const LinearShape& shape, Plan& plan) const;
+  Result<CublasLtAlgorithm> choose(const LinearShape& shape, const Plan& plan);
+  const CublasLtAlgorithm* find_tuned(const LinearShape& shape) const;
+  /// The library's best first.
   Result<std::vector<CublasLtHeuristic>> candidates(const LinearShape& shape, const Plan& plan, int wanted) const;
-  /// Those of one family that split no sum; where there are none, and not batch_invariant, what there is.
-  Result<std::vector<CublasLtHeuristic>> unsplit_candidates(const LinearShape& shape, const Plan& plan);
-  Result<int> find_family(const LinearShape& shape);
+  /// Those of one family that split no sum; where there are none, what there is.
+  Result<std::vector<CublasLtHeuristic>> family_candidates(const LinearShape& shape, const Plan& plan);
+  Result<CublasLtAlgorithm> find_common(const LinearShape& shape);
   Status run(CUstream stream, const LinearShape& shape, const Plan& plan, const CublasLtAlgorithm& algorithm, const bf16* x,
              const bf16* weight, void* y);
 
@@ -66,7 +68,10 @@ class LibraryProduct {
   const std::shared_ptr<const CublasLt> library_;
   const bool batch_invariant_;
   CublasLtHandle handle_ = nullptr;
-  std::map<std::tuple<int64_t, int64_t, LinearOutput>, int> families_;
+  /// By shape without rows: the algorithm chosen for a common number of rows, and what tune() found for which rows.
+  using Features = std::tuple<int64_t, int64_t, LinearOutput>;
+  std::map<Features, CublasLtAlgorithm> common_;
+  std::map<Features, std::map<int64_t, CublasLtAlgorithm>> tuned_;
   std::map<Key, std::unique_ptr<Plan>> plans_;
   StreamWorkspaces workspaces_;
 };
