@@ -17,6 +17,7 @@
 #include "transfer/integrity.h"
 #include "transfer/metadata.h"
 #include "transfer/plan.h"
+#include "transfer/reads.h"
 
 /// What a transport has to do. Everything else (windows, deadlines, retries, cancel, counting, path
 /// choice, statistics) lives once, above this line.
@@ -53,6 +54,7 @@ struct BackendMessage {
   Tag tag = Tag::kNone;
   void* after = nullptr;  ///< BlockWrite::after
   uint64_t cookie = 0;    ///< comes back with the completion
+  bool read = false;      ///< the other way, from the remote pool into the local one (Backend::reads_directly)
 };
 
 enum class PostResult : uint8_t {
@@ -76,7 +78,7 @@ class Link {
   virtual bool late_writes_possible() const = 0;
   /// False while the destructor could not keep its promise: wait until what is posted has ended.
   virtual bool closable() const { return true; }
-  /// Its name in Backend::checks().
+  /// Its name in Backend::checks() and Backend::reads().
   virtual CheckChannel::Connection connection() const = 0;
 
   void* owner = nullptr;
@@ -160,6 +162,10 @@ class Backend {
   virtual uint64_t inbound_peers() const = 0;
 
   virtual CheckChannel& checks() = 0;
+  virtual ReadChannel& reads() = 0;
+  /// True where a link takes a message that reads: the peer has no part in it. Nothing of it may reach local memory once its link
+  /// is closed.
+  virtual bool reads_directly() const { return false; }
   /// Held while a check reads: in a simulation other agents' threads write this memory.
   virtual std::unique_lock<std::mutex> hold_writes() { return {}; }
   /// Memory that the CPU cannot read, for checks: some of the `bytes` at `offset` of `region`, at least one. Good until the

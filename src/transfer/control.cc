@@ -25,7 +25,7 @@ namespace baton::transfer {
 namespace {
 
 constexpr uint32_t kHelloMagic = 0x48544142;  // "BATH"
-constexpr uint16_t kControlVersion = 3;
+constexpr uint16_t kControlVersion = 4;
 constexpr size_t kMaxRails = 256;
 constexpr size_t kMaxEndpointAddressBytes = 8192;  // a UCX worker's grows with the devices
 constexpr size_t kMaxPackedKeyBytes = 4096;
@@ -133,7 +133,7 @@ Result<Hello> parse_hello(std::string_view payload) {
   if (in.get<uint32_t>() != kHelloMagic) return invalid_argument("not a Baton control connection");
   uint16_t version = in.get<uint16_t>();
   if (in.ok() && version != kControlVersion) {
-    return failed_precondition("control version {}, this build speaks {}", version, kControlVersion);
+    return failed_precondition("control version {}, this build speaks {}: run the same Baton on both sides", version, kControlVersion);
   }
   Hello hello;
   hello.from = static_cast<Epoch>(in.get<uint64_t>());
@@ -384,6 +384,17 @@ bool ControlPlane::send_check_result(Id id, const CheckResult& result) {
   return true;
 }
 
+bool ControlPlane::send_read_request(Id id, const ReadRequest& request) {
+  return send(id, FrameSocket::Type::kRead, encode_read_request(request));
+}
+
+bool ControlPlane::send_read_answer(Id id, const ReadAnswer& answer) {
+  auto it = connections_.find(id);
+  if (it == connections_.end() || !send(id, FrameSocket::Type::kReadAnswer, encode_read_answer(answer))) return false;
+  if (answer.kind == ReadAnswer::Kind::kEnded) --it->second.open_reads;
+  return true;
+}
+
 bool ControlPlane::serves(Id id) const {
   auto it = connections_.find(id);
   return it != connections_.end() && !it->second.outbound && !it->second.fenced && still_connected(id);
@@ -417,6 +428,7 @@ void ControlPlane::close(Id id, const Status& why) {
     return;
   }
   --inbound_count_;
+  if (connection.reads) gone_readers_.push_back(id);
   if (!connection.established) {
     --waiting_for_hello_;
   } else {
@@ -626,6 +638,26 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
       Result<CheckResult> result = parse_check_result(frame.payload);
       *failure = result.status();
       if (failure->ok()) check_results_.push_back({id, std::move(*result)});
+      return;
+    }
+    case FrameSocket::Type::kRead: {
+      if (connection.outbound || !connection.established) break;
+      Result<ReadRequest> request = parse_read_request(frame.payload);
+      *failure = request.status();
+      if (!failure->ok()) return;
+      if (request->kind == ReadRequest::Kind::kRead && ++connection.open_reads > ReadRequest::kMaxOpen) {
+        *failure = invalid_argument("more than {} reads at once", ReadRequest::kMaxOpen);
+        return;
+      }
+      connection.reads = true;
+      read_requests_.push_back({id, connection.peer, connection.name, std::move(*request)});
+      return;
+    }
+    case FrameSocket::Type::kReadAnswer: {
+      if (!connection.outbound || !connection.established) break;
+      Result<ReadAnswer> answer = parse_read_answer(frame.payload);
+      *failure = answer.status();
+      if (failure->ok()) read_answers_.push_back({id, std::move(*answer)});
       return;
     }
     case FrameSocket::Type::kFence:

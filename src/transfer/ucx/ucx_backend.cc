@@ -100,6 +100,7 @@ class UcxBackend final : public Backend, private ControlPlane::Delegate, private
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_->inbound(); }
   CheckChannel& checks() override { return *control_; }
+  ReadChannel& reads() override { return *control_; }
 
  private:
   struct Done {
