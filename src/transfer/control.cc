@@ -295,7 +295,7 @@ Status ControlPlane::listen(const SocketAddress& address) {
   event.events = EPOLLIN;
   event.data.u64 = kListenerId;
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, listener_.get(), &event) != 0) {
-    return internal_error("epoll_ctl: {}", errno_text(errno));
+    return watch_error("epoll_ctl", errno);
   }
   return Status();
 }
@@ -307,7 +307,7 @@ Status ControlPlane::add(Id id, Connection connection) {
   event.data.u64 = id;
   connection.opened_ns = clock_.now_ns();
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection.socket->fd(), &event) != 0) {
-    return internal_error("epoll_ctl: {}", errno_text(errno));
+    return watch_error("epoll_ctl", errno);
   }
   connections_.emplace(id, std::move(connection));
   return Status();
