@@ -99,6 +99,10 @@ class Target {
       case BenchCommand::kAttach: return attach(request, reply);
       case BenchCommand::kEcho: return echo(request, reply);
       case BenchCommand::kEchoStop: echo_.reset(); return {};
+      case BenchCommand::kFill:
+        if (!pool_) return failed_precondition("there is no pool");
+        fill_words(pool_.span(), request.count);
+        return {};
       case BenchCommand::kPrepare:
         return for_each_block(request, [](std::span<std::byte> block, size_t) { std::memset(block.data(), 0xee, block.size()); });
       case BenchCommand::kCheck:
