@@ -27,6 +27,8 @@ namespace {
 constexpr uint32_t kMaxSegments = 512;
 /// From here on a message is copied past the caches. Below, whoever is told of it finds it warm.
 constexpr uint64_t kMinStreamBytes = 256u << 10;
+/// And a piece of a read: below, what prefetching finds too late costs more than the stores gain (4 KiB: 4.8 GB/s, memcpy 6.2).
+constexpr uint64_t kMinStreamReadBytes = 16u << 10;
 
 /// A region, and how others can map it when it is shared memory.
 class ShmRegion final : public BackendRegion {
@@ -313,7 +315,7 @@ Status ShmLink::copy_mapped(const BackendMessage& message, MappedPool& remote) {
     std::byte* to = remote.data() + segment.remote_offset;
     std::byte* from = message.local->data + segment.local_offset;
     if (message.read) std::swap(from, to);
-    if (stream) {
+    if (stream && (!message.read || segment.bytes >= kMinStreamReadBytes)) {
       stream_copy(to, from, segment.bytes);
     } else {
       std::memcpy(to, from, segment.bytes);
