@@ -385,7 +385,13 @@ bool ControlPlane::send_check_result(Id id, const CheckResult& result) {
 }
 
 bool ControlPlane::send_read_request(Id id, const ReadRequest& request) {
-  return send(id, FrameSocket::Type::kRead, encode_read_request(request));
+  auto it = connections_.find(id);
+  if (it == connections_.end() || !send(id, FrameSocket::Type::kRead, encode_read_request(request))) return false;
+  if (request.kind == ReadRequest::Kind::kRead) {
+    ++it->second.open_reads;
+    ++awaited_reads_;
+  }
+  return true;
 }
 
 bool ControlPlane::send_read_answer(Id id, const ReadAnswer& answer) {
@@ -415,6 +421,7 @@ void ControlPlane::close_outbound(Id id) {
   if (it == connections_.end()) return;
   BATON_CHECK(it->second.outbound);
   (void)it->second.socket->flush();  // arrivals that were reported as done
+  awaited_reads_ -= it->second.open_reads;
   connections_.erase(it);
 }
 
@@ -424,11 +431,15 @@ void ControlPlane::close(Id id, const Status& why) {
   Connection connection = std::move(it->second);
   connections_.erase(it);
   if (connection.outbound) {
+    awaited_reads_ -= connection.open_reads;
     delegate_.on_outbound_closed(id, why);
     return;
   }
   --inbound_count_;
-  if (connection.reads) gone_readers_.push_back(id);
+  if (connection.reads) {
+    gone_readers_.push_back(id);
+    --readers_;
+  }
   if (!connection.established) {
     --waiting_for_hello_;
   } else {
@@ -649,7 +660,7 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
         *failure = invalid_argument("more than {} reads at once", ReadRequest::kMaxOpen);
         return;
       }
-      connection.reads = true;
+      if (!std::exchange(connection.reads, true)) ++readers_;
       read_requests_.push_back({id, connection.peer, connection.name, std::move(*request)});
       return;
     }
@@ -657,7 +668,13 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
       if (!connection.outbound || !connection.established) break;
       Result<ReadAnswer> answer = parse_read_answer(frame.payload);
       *failure = answer.status();
-      if (failure->ok()) read_answers_.push_back({id, std::move(*answer)});
+      if (!failure->ok()) return;
+      if (answer->kind == ReadAnswer::Kind::kEnded) {
+        if (connection.open_reads == 0) break;
+        --connection.open_reads;
+        --awaited_reads_;
+      }
+      read_answers_.push_back({id, std::move(*answer)});
       return;
     }
     case FrameSocket::Type::kFence:

@@ -190,6 +190,8 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
   int poll_fd() const { return epoll_.get(); }
   bool wants_time() const { return waiting_for_hello_ > 0; }
   size_t inbound() const { return inbound_count_; }
+  /// Words are waited for: of a read under way, or the next one of a reader.
+  bool reads_going_on() const { return readers_ + awaited_reads_ > 0; }
 
  private:
   struct Connection {
@@ -203,7 +205,7 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
     std::string name;
     int64_t opened_ns = 0;
     uint32_t open_checks = 0;  // inbound: without an answer
-    uint32_t open_reads = 0;   // the same
+    uint32_t open_reads = 0;   // the same, in both directions
     bool reads = false;        // inbound: it has introduced itself
   };
 
@@ -240,6 +242,8 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
   std::vector<ReadChannel::Received> read_requests_;
   std::vector<ReadChannel::Answer> read_answers_;
   std::vector<Id> gone_readers_;
+  size_t readers_ = 0;        // inbound connections that have introduced themselves
+  size_t awaited_reads_ = 0;  // of outbound ones, without an Ended
   Id next_id_ = 1;
   size_t inbound_count_ = 0;
   bool closing_ = false;

@@ -173,12 +173,12 @@ TEST_P(ControlTest, GarbageAndSilenceCloseTheConnection) {
 }
 
 TEST_P(ControlTest, WithoutDescriptorsAPeerIsTurnedAwayAtOnce) {
+  ASSERT_TRUE(pump([] { return true; }));  // the undefined-behaviour sanitizer wants a pipe to look at an object for the first time
   ASSERT_TRUE(writer_.connect(owner_.address(), kOwner, 1).ok());
   rlimit before{};
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
   const rlimit few{std::min<rlim_t>(before.rlim_max, 256), before.rlim_max};
   ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
-  ASSERT_TRUE(pump([] { return true; }));  // the undefined-behaviour sanitizer wants a pipe to look at an object for the first time
   std::vector<FileDescriptor> all;
   for (int fd = ::dup(owner_.poll_fd()); fd >= 0; fd = ::dup(owner_.poll_fd())) all.emplace_back(fd);
   Status enough = check_descriptors(owner_.poll_fd(), 1, "a test");
