@@ -302,7 +302,7 @@ TEST_P(TransferReads, AReaderThatIsFencedGetsNothingMore) {
   }
   ASSERT_EQ(owner->agent->fence(reader->agent->epoch()), Status());
   for (const Transfer& transfer : transfers) (void)transfer.wait();
-  EXPECT_FALSE(peer.alive());
+  ASSERT_TRUE(wait_until([&] { return !peer.alive(); }));
   EXPECT_FALSE(peer.read(whole_read(*reader, *owner, {{0, 0}})).ok());
   // What may still be on its way is shut out by the reader, as any writer is.
   ASSERT_EQ(reader->agent->fence(owner->agent->epoch()), Status());
