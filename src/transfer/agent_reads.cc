@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 #include "base/check.h"
 #include "base/log.h"
