@@ -173,6 +173,7 @@ static void blocks_move(const char* transport) {
   CHECK_OK(baton_peer_get_stats(peer, &peer_stats, &error));
   CHECK(peer_stats.reads == 2 && peer_stats.read_bytes == 4 * read.length_bytes && peer_stats.writes == 2);
   read.blocks = &(baton_block_pair){kBlocks, 0};
+  read.block_count = 1;
   CHECK(baton_peer_read(peer, &read, NULL, NULL, NULL, &error) == BATON_INVALID_ARGUMENT);
   read.timeout_ms = -1;
   CHECK(baton_peer_read(peer, &read, NULL, NULL, NULL, &error) == BATON_INVALID_ARGUMENT);
