@@ -81,7 +81,8 @@ class Engine {
   virtual bool has_work() const = 0;
   /// The earliest deadline of a waiting or running request: when it passes, has_work() is true.
   virtual Deadline next_deadline() const = 0;
-  /// Schedules, computes and samples once. Never fails as a whole: failures are outputs of their requests. First
+  /// Schedules, computes and samples once. Never fails as a whole: failures are outputs of their requests, and only a lost
+  /// device (StepOutput::device) ends the engine's life. First
   /// tokens of admit() are returned alone, at once: they don't wait for a computation.
   virtual StepOutput step() = 0;
 

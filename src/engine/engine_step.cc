@@ -28,6 +28,8 @@ StepOutput EngineImpl::step() {
       ++totals_.steps;
       if (status.ok()) {
         finish_rows(&out);
+      } else if (status.code() == StatusCode::kUnavailable) {
+        out.device = status;
       } else {
         log_error("engine: a step of {} tokens failed: {}", batch_.rows(), status.to_string());
         for (const Work& work : work_) fail(work.sequence, status, &out);

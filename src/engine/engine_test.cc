@@ -300,6 +300,16 @@ TEST(Engine, AFailedStepFailsItsRequestsOnly) {
   EXPECT_EQ(engine->stats().blocks.used, 0);
 }
 
+TEST(Engine, ALostDeviceIsSaidAndNoRequestIsFailed) {
+  FakeModel model;
+  auto engine = make_engine(model);
+  ASSERT_TRUE(engine->submit(make_request(1, tokens_from(0, 6))).ok());
+  model.fail_next = unavailable("a step on the GPU: CUDA_ERROR_ILLEGAL_ADDRESS");
+  const StepOutput lost = engine->step();
+  EXPECT_EQ(lost.device.message(), "a step on the GPU: CUDA_ERROR_ILLEGAL_ADDRESS");
+  EXPECT_TRUE(lost.tokens.empty());
+}
+
 TEST(Engine, AReplayGoesOnWhereTheOutputWas) {
   FakeModel model;
   auto engine = make_engine(model);

@@ -76,6 +76,8 @@ struct TokenOutput {
 /// What one engine step produced, for all requests in it.
 struct StepOutput {
   std::vector<TokenOutput> tokens;
+  /// Not ok: the device is lost. Nothing was computed and nothing will be; its requests are as they were before the step.
+  Status device = {};
 };
 
 }  // namespace baton

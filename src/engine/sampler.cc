@@ -21,11 +21,13 @@ bool before(const T& a, const T& b) {
   return a.value != b.value ? a.value > b.value : a.token < b.token;
 }
 
-double uniform_of(uint64_t seed, int32_t index) {
+}  // namespace
+
+bool is_greedy(const SamplingParams& params) { return params.temperature < kGreedyBelow; }
+
+double sampling_uniform(uint64_t seed, int32_t index) {
   return static_cast<double>(mix_bits(seed, static_cast<uint64_t>(index)) >> 11) * 0x1.0p-53;
 }
-
-}  // namespace
 
 void TokenCounts::update(std::span<const TokenId> tokens, size_t prompt_tokens) {
   for (; seen_ < tokens.size(); ++seen_) {
@@ -72,7 +74,7 @@ Result<SampledToken> Sampler::sample(std::span<float> logits, const SampleContex
   const float maximum = *std::ranges::max_element(maxima_);
   const bool possible = maximum > kMinusInfinity;
   if (possible) {
-    sampled.token = params.temperature < kGreedyBelow ? first_equal(logits, maximum)
+    sampled.token = is_greedy(params) ? first_equal(logits, maximum)
                                                       : draw(logits, maximum, params, context.output_index);
   }
   for (size_t i = undo_.size(); i-- > 0;) logits[static_cast<size_t>(undo_[i].token)] = undo_[i].value;
@@ -166,7 +168,7 @@ double Sampler::weigh(std::span<const float> logits, float maximum, float scale)
 }
 
 TokenId Sampler::draw(std::span<const float> logits, float maximum, const SamplingParams& params, int32_t index) {
-  const double uniform = uniform_of(params.seed, index);
+  const double uniform = sampling_uniform(params.seed, index);
   const float scale = 1.0f / params.temperature;
   const bool limited = params.top_k > 0 && static_cast<size_t>(params.top_k) < vocab_size_;
 

@@ -45,6 +45,11 @@ struct SampledToken {
   std::vector<TokenLogprob> top_logprobs;
 };
 
+/// Whether the most likely token is taken: at temperature 0, and so close to it that vLLM makes no difference either.
+bool is_greedy(const SamplingParams& params);
+/// In [0, 1): what decides about output token `index`.
+double sampling_uniform(uint64_t seed, int32_t index);
+
 /// Chooses a token from logits, in vLLM's order: min_tokens (masks EOS and stop tokens), logit_bias,
 /// penalties, temperature, min_p, top_k, top_p, draw. Logprobs are of the raw logits.
 ///

@@ -6,6 +6,7 @@
 #include "main/cli.h"
 #include "main/options.h"
 #include "ops/bench_engine.h"
+#include "ops/bench_kernels.h"
 #include "ops/bench_serve.h"
 #include "ops/bench_transfer.h"
 
@@ -112,6 +113,35 @@ void add_bench_engine(CommandLine& line, CLI::App& bench) {
   });
 }
 
+void add_bench_kernels(CommandLine& line, CLI::App& bench) {
+  struct Command {
+    ops::BenchKernelsOptions options;
+    std::string json_path;
+  };
+  auto command = std::make_shared<Command>();
+  ops::BenchKernelsOptions& o = command->options;
+  CLI::App* app = bench.add_subcommand("kernels", "The operations of a step on a GPU beside its memory and its tensor cores.");
+  app->add_option("--device", o.device, "cuda:N")->capture_default_str();
+  app->add_option("--shape", o.shape, "whose shapes: llama-8b or qwen3-0.6b")->capture_default_str();
+  app->add_option("--only", o.only, "operations whose name contains this [all]");
+  app->add_option("--runs", o.runs, "runs of each; the median is shown")->capture_default_str();
+  app->add_flag("--verify", o.verify, "hold every result beside the CPU's; takes minutes");
+  app->add_option("--json", command->json_path, "write the result there as JSON");
+  app->callback([&line, command] {
+    line.action = [command] {
+      Result<ops::BenchKernelsResult> result = ops::run_bench_kernels(command->options);
+      if (!result.ok()) return fail("bench kernels", result.status());
+      fmt::print("{}", ops::bench_kernels_table(*result));
+      if (!command->json_path.empty()) {
+        Status status = write_file(command->json_path, ops::bench_kernels_json(*result));
+        if (!status.ok()) return fail("bench kernels", status);
+      }
+      const bool right = std::ranges::all_of(result->rows, [](const auto& row) { return row.error <= 1; });
+      return right ? 0 : 1;
+    };
+  });
+}
+
 /// Sizes are words like 16KiB, which CLI11 leaves as they are.
 Status parse_sizes(const std::vector<std::string>& words, const char* option, std::vector<uint64_t>& sizes) {
   sizes.clear();
@@ -136,12 +166,15 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
   auto command = std::make_shared<Command>();
   ops::BenchTransferOptions& o = command->options;
   CLI::App* app = bench.add_subcommand("transfer", "The transfer library between two processes or hosts, beside the bare transports.");
-  app->add_option("--transport", o.transports, "auto, shm, tcp, efa, verbs; one after the other")->capture_default_str();
+  app->add_option("--transport", o.transports, "auto, shm, tcp, efa, verbs, cuda_ipc, staged:shm, ...; one after the other")->capture_default_str();
   app->add_option("--operation", o.operation, "write (into the target's memory) or read (from it)")->capture_default_str();
   app->add_option("--block-bytes", command->block_bytes, "block sizes")->capture_default_str();
-  app->add_option("--blocks", o.blocks, "blocks of one transfer [as many as come to 32 MiB]");
+  app->add_option("--blocks", o.blocks, "blocks of one transfer [as many as come to 32 MiB, of GPU memory 256 MiB]");
   app->add_option("--order", o.order, "scattered, contiguous or both")->capture_default_str();
-  app->add_option("--memory", o.memory, "the target's pool: shared (peers on its host may map it) or private")->capture_default_str();
+  app->add_option("--memory", o.memory, "the target's pool: shared (peers on its host may map it) or private; cuda: GPU memory on both sides")->capture_default_str();
+  app->add_option("--device", o.device, "GPU of this side, with --memory cuda")->capture_default_str();
+  app->add_option("--peer-device", o.peer_device, "GPU of the target [the next one, or the same where there is one]");
+  app->add_option("--cuda-library", o.cuda_library, "CUDA's driver [libcuda.so.1]");
   app->add_option("--pool-bytes", command->pool_bytes, "memory on each side; with --listen the most that is given")->capture_default_str();
   app->add_option("--runs", o.runs, "runs of each; median, least and most are shown")->capture_default_str();
   app->add_option("--pings", o.pings, "blocks sent there and back for the notification latency, or read one by one")->capture_default_str();
@@ -169,6 +202,7 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
       if (command->role == "target" || !command->target.listen.empty()) {
         command->target.max_pool_bytes = options.pool_bytes;
         command->target.timeout_ms = options.timeout_ms;
+        command->target.cuda_library = options.cuda_library;
         Status status = ops::run_bench_transfer_target(command->target, [](uint16_t port) {
           fmt::print("waiting for an initiator on port {}\n", port);
           std::fflush(stdout);
@@ -194,10 +228,11 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
 }  // namespace
 
 void add_bench(CommandLine& line) {
-  CLI::App* bench = line.app.add_subcommand("bench", "Measure a server, the engine or the transfer library.");
+  CLI::App* bench = line.app.add_subcommand("bench", "Measure a server, the engine, the GPU's kernels or the transfer library.");
   bench->require_subcommand(1);
   add_bench_serve(line, *bench);
   add_bench_engine(line, *bench);
+  add_bench_kernels(line, *bench);
   add_bench_transfer(line, *bench);
 }
 

@@ -1,5 +1,9 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <csignal>
+#include <mutex>
 
 #include "base/log.h"
 #include "base/metrics.h"
@@ -97,6 +101,14 @@ Status run(const WorkerCommand& command) {
   config.lease_ms = command.transfer.lease_ms;
   config.max_queued = command.max_queued;
 
+  std::mutex lost_mutex;
+  Status lost;
+  config.on_device_lost = [&](const Status& status) {
+    std::lock_guard lock(lost_mutex);
+    lost = status;
+    ::kill(::getpid(), SIGTERM);
+  };
+
   std::unique_ptr<protocol::Network> network = protocol::make_grpc_network();
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Worker> worker, Worker::start(std::move(config), *network));
   std::unique_ptr<http::Server> probes;
@@ -106,6 +118,10 @@ Status run(const WorkerCommand& command) {
   }
   log_info("worker is ready at {}, role {}", worker->address(), command.role);
   wait_for_stop_signal();
+  {
+    std::lock_guard lock(lost_mutex);
+    if (!lost.ok()) return lost.with_context("the device is lost; start the worker again");
+  }
   log_info("stopping: what runs may finish within {} ms", command.drain_timeout_ms);
   worker->stop(command.drain_timeout_ms);
   if (probes) probes->stop();

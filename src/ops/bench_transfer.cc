@@ -25,6 +25,7 @@
 #include "ops/bench_transfer_common.h"
 #include "ops/bench_transfer_wire.h"
 #include "ops/raw_fabric.h"
+#include "ops/raw_gpu.h"
 #include "ops/raw_memory.h"
 #include "ops/raw_socket.h"
 
@@ -42,7 +43,8 @@ using transfer::PoolId;
 using transfer::Tag;
 using transfer::Transfer;
 
-constexpr uint64_t kDefaultTransferBytes = 32u << 20;
+constexpr uint64_t kDefaultTransferBytes = 32u << 20, kDefaultGpuTransferBytes = 256u << 20;
+constexpr int64_t kGpuSpinNs = 1'000'000'000;
 constexpr size_t kWindow = 256;  // AgentConfig's max_inflight_per_rail
 
 int64_t now_ns() { return SteadyClock::instance().now_ns(); }
@@ -51,7 +53,7 @@ double ms_since(int64_t begin_ns) { return static_cast<double>(now_ns() - begin_
 /// The target as a process of its own: this program again, with one end of a socket pair. Killed with this process.
 class TargetProcess {
  public:
-  static Result<TargetProcess> start(FileDescriptor* channel, uint64_t max_pool_bytes) {
+  static Result<TargetProcess> start(FileDescriptor* channel, const BenchTransferOptions& options) {
     int ends[2];
     if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return unavailable("socketpair: {}", std::strerror(errno));
     FileDescriptor ours(ends[0]), theirs(ends[1]);
@@ -62,7 +64,8 @@ class TargetProcess {
     }
     environment.push_back(nullptr);
     std::vector<std::string> words = {"baton", "--log-level", "error", "bench", "transfer", "--role", "target", "--fd",
-                                      std::to_string(theirs.get()), "--pool-bytes", std::to_string(max_pool_bytes)};
+                                      std::to_string(theirs.get()), "--pool-bytes", std::to_string(options.pool_bytes)};
+    if (!options.cuda_library.empty()) words.insert(words.end(), {"--cuda-library", options.cuda_library});
     std::vector<char*> arguments;
     for (std::string& word : words) arguments.push_back(word.data());
     arguments.push_back(nullptr);
@@ -142,8 +145,15 @@ class Initiator {
 
   Result<BenchTransferResult> run() {
     BATON_RETURN_IF_ERROR(connect());
+    if (on_gpu()) {
+      Result<GpuPool> pool = GpuPool::open(options_.cuda_library, options_.device, options_.pool_bytes);
+      if (!pool.ok()) return pool.status().with_context("--memory cuda");
+      gpu_.emplace(std::move(*pool));
+      result_.device = gpu_->gpu()->name();
+    }
     BATON_ASSIGN_OR_RETURN(pool_, MappedMemory::create_private(options_.pool_bytes));
     fill_words(pool_.span(), options_.seed);
+    if (gpu_) BATON_RETURN_IF_ERROR(gpu_->upload(pool_.span()));
     for (const std::string& transport : options_.transports) {
       BATON_RETURN_IF_ERROR(measure_transport(transport).with_context(fmt::format("transport {}", transport)));
     }
@@ -155,7 +165,7 @@ class Initiator {
   Status connect() {
     FileDescriptor socket;
     if (options_.connect.empty()) {
-      BATON_ASSIGN_OR_RETURN(TargetProcess process, TargetProcess::start(&socket, options_.pool_bytes));
+      BATON_ASSIGN_OR_RETURN(TargetProcess process, TargetProcess::start(&socket, options_));
       process_.emplace(std::move(process));
     } else {
       BATON_ASSIGN_OR_RETURN(HostPort address, parse_host_port(options_.connect, false));
@@ -189,17 +199,27 @@ class Initiator {
     BenchRequest open{.command = BenchCommand::kOpen};
     open.transport = asked;
     open.shared_memory = options_.memory == "shared";
+    open.gpu_memory = on_gpu();
+    open.device = static_cast<uint32_t>(options_.peer_device >= 0 ? options_.peer_device : -options_.device - 1);
     open.pool_bytes = options_.pool_bytes;
     open.block_sizes = options_.block_bytes;
     BATON_ASSIGN_OR_RETURN(BenchReply opened, call(open));
+    result_.target_device = opened.device;
 
     BenchRequest fill{.command = BenchCommand::kFill};
     fill.count = options_.seed + (uint64_t{1} << 32);
     if (reads()) BATON_RETURN_IF_ERROR(call(fill).status());
     uint64_t resident_before = resident_bytes();
     int64_t begin_ns = now_ns();
-    BATON_ASSIGN_OR_RETURN(agent_, BenchAgent::open("initiator", asked, ip_, options_.timeout_ms, pool_.span(), options_.block_bytes,
-                                                    options_.integrity));
+    transfer::AgentConfig config;
+    config.name = "initiator";
+    config.transport = asked;
+    config.bind_address = ip_;
+    config.default_timeout_ms = options_.timeout_ms;
+    config.integrity = options_.integrity;
+    config.cuda_library = options_.cuda_library;
+    BATON_ASSIGN_OR_RETURN(agent_, gpu_ ? BenchAgent::open(config, gpu_->span(), transfer::MemoryKind::kCuda, options_.block_bytes)
+                                        : BenchAgent::open(config, pool_.span(), transfer::MemoryKind::kHost, options_.block_bytes));
     path.agent_ms = ms_since(begin_ns);
     begin_ns = now_ns();
     BATON_ASSIGN_OR_RETURN(peer_, agent_.agent->connect(opened.text));
@@ -241,6 +261,7 @@ class Initiator {
     raw_fabric_.reset();
     raw_socket_.reset();
     raw_copy_.reset();
+    raw_gpu_.reset();
     Status closed = peer_.close();
     peer_ = Peer();
     agent_ = {};
@@ -265,6 +286,9 @@ class Initiator {
       }
     };
     BATON_ASSIGN_OR_RETURN(Transfer transfer, reads() ? start(BlockRead()) : start(BlockWrite()));
+    // As cuStreamSynchronize() does beside it: waking a thread can take longer than a copy between GPUs.
+    while (gpu_ && !transfer.done() && now_ns() - begin_ns < kGpuSpinNs) {
+    }
     BATON_RETURN_IF_ERROR(transfer.wait());
     return now_ns() - begin_ns;
   }
@@ -293,6 +317,17 @@ class Initiator {
         log_warning("bench transfer: without the baseline '{}': {}", name, status.to_string());
       }
     };
+    if (gpu_) {
+      const bool into_host = path.transport != "cuda_ipc";
+      const Status opened = open_raw_gpu(into_host);
+      add(into_host ? "bulk to host" : "bulk", opened, [this](std::span<const BlockPair> pairs, uint64_t block_bytes) {
+        return raw_gpu_->bulk(pairs.size() * block_bytes);
+      });
+      add(into_host ? "each to host" : "each", opened, [this](std::span<const BlockPair> pairs, uint64_t block_bytes) {
+        return raw_gpu_->each(pairs, block_bytes);
+      });
+      return;
+    }
     if (path.transport == "shm") {
       add("memcpy", open_raw_memory(), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
         return reads() ? raw_copy_->copy_back(pool_.data(), pairs, block_bytes) : raw_copy_->copy(pool_.data(), pairs, block_bytes);
@@ -321,6 +356,23 @@ class Initiator {
         return seconds;
       });
     }
+  }
+
+  bool on_gpu() const { return options_.memory == "cuda"; }
+
+  /// Staged transfers are bound by the way out of a GPU into page-locked host memory.
+  Status open_raw_gpu(bool into_host) {
+    if (into_host) {
+      uint64_t largest = 0;
+      for (uint64_t bytes : options_.block_bytes) {
+        for (uint64_t blocks : block_counts(options_, bytes)) largest = std::max(largest, bytes * blocks);
+      }
+      BATON_ASSIGN_OR_RETURN(raw_gpu_, RawGpuCopy::into_host(*gpu_, largest));
+      return {};
+    }
+    BATON_ASSIGN_OR_RETURN(BenchReply where, call({.command = BenchCommand::kRawMemory}));
+    BATON_ASSIGN_OR_RETURN(raw_gpu_, RawGpuCopy::into_peer(*gpu_, where.text, where.bytes));
+    return {};
   }
 
   Status open_raw_memory() {
@@ -476,6 +528,10 @@ class Initiator {
         }
         if (options_.verify) BATON_RETURN_IF_ERROR(prepare(pairs, block_bytes));
         BATON_RETURN_IF_ERROR(measure(ours, counts, [&]() -> Result<double> {
+          if (gpu_) {
+            // The agents' threads have gone to sleep over the talk with the target. Waking them would take as long as the copy.
+            BATON_RETURN_IF_ERROR(move({pairs.front()}, block_bytes, sizeof(uint64_t)).status());
+          }
           BATON_ASSIGN_OR_RETURN(int64_t ns, move(pairs, block_bytes, block_bytes));
           return static_cast<double>(ns) * 1e-9;
         }));
@@ -518,6 +574,7 @@ class Initiator {
   template <typename Run>
   Status measure(Series& series, bool counts, Run run) {
     BATON_ASSIGN_OR_RETURN(BenchReply before, call({.command = BenchCommand::kUsage}));
+    if (gpu_) BATON_RETURN_IF_ERROR(gpu_->take_turn());
     uint64_t cpu_ns = process_cpu_ns();
     Result<double> seconds = run();
     cpu_ns = process_cpu_ns() - cpu_ns;
@@ -544,7 +601,10 @@ class Initiator {
   /// So that only what is moved is right afterwards.
   Status prepare(std::span<const BlockPair> pairs, uint64_t block_bytes) {
     if (reads()) {
-      for (const BlockPair& pair : pairs) std::memset(pool_.data() + pair.local_block * block_bytes, 0xee, block_bytes);
+      for (const BlockPair& pair : pairs) {
+        if (gpu_) BATON_RETURN_IF_ERROR(gpu_->fill(pair.local_block * block_bytes, block_bytes, 0xee));
+        if (!gpu_) std::memset(pool_.data() + pair.local_block * block_bytes, 0xee, block_bytes);
+      }
       return {};
     }
     return call(about_blocks(BenchCommand::kPrepare, pairs, block_bytes)).status();
@@ -552,6 +612,9 @@ class Initiator {
   Status check(std::span<const BlockPair> pairs, uint64_t block_bytes) {
     BenchRequest request = about_blocks(BenchCommand::kCheck, pairs, block_bytes);
     for (const BlockPair& pair : pairs) {
+      if (gpu_ && reads()) {
+        BATON_RETURN_IF_ERROR(gpu_->download(pair.local_block * block_bytes, pool_.span().subspan(pair.local_block * block_bytes, block_bytes)));
+      }
       request.hashes.push_back(hash_block(pool_.span().subspan(pair.local_block * block_bytes, block_bytes)));
     }
     BATON_ASSIGN_OR_RETURN(BenchReply reply, call(request));
@@ -569,7 +632,9 @@ class Initiator {
   std::optional<BenchChannel> channel_;
   bool same_host_ = false;
   std::string ip_, target_ip_;
-  MappedMemory pool_;
+  MappedMemory pool_;           // with gpu_ what that holds, for comparing
+  std::optional<GpuPool> gpu_;  // --memory cuda
+  std::unique_ptr<RawGpuCopy> raw_gpu_;
   std::optional<RawSharedCopy> raw_copy_;
   std::optional<RawProcessWrite> raw_write_;
   std::unique_ptr<RawFabric> raw_fabric_;
@@ -590,7 +655,12 @@ Status BenchTransferOptions::validate() const {
   if (order != "scattered" && order != "contiguous" && order != "both") {
     return invalid_argument("--order is '{}'; there are scattered, contiguous and both", order);
   }
-  if (memory != "shared" && memory != "private") return invalid_argument("--memory is '{}'; there are shared and private", memory);
+  if (memory != "shared" && memory != "private" && memory != "cuda") {
+    return invalid_argument("--memory is '{}'; there are shared, private and cuda", memory);
+  }
+  if (device < 0 || device > 1023 || peer_device > 1023) {
+    return invalid_argument("--device {} and --peer-device {} must name GPUs from 0 on", device, peer_device);
+  }
   if (runs < 1 || runs > 10'000) return invalid_argument("--runs is {}; 1 to 10000 are possible", runs);
   if (pings < 0 || pings > 1'000'000) return invalid_argument("--pings is {}; 0 to 1000000 are possible", pings);
   if (timeout_ms < 1) return invalid_argument("--timeout-ms is {}; it must be positive", timeout_ms);
@@ -610,7 +680,8 @@ Status BenchTransferOptions::validate() const {
 
 std::vector<uint64_t> block_counts(const BenchTransferOptions& options, uint64_t block_bytes) {
   if (!options.blocks.empty()) return options.blocks;
-  uint64_t count = kDefaultTransferBytes / std::max<uint64_t>(block_bytes, 1);
+  const uint64_t bytes = options.memory == "cuda" ? std::min(kDefaultGpuTransferBytes, options.pool_bytes) : kDefaultTransferBytes;
+  uint64_t count = bytes / std::max<uint64_t>(block_bytes, 1);
   return {std::clamp<uint64_t>(count, 1, kMaxBenchBlocks)};
 }
 

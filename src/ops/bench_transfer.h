@@ -15,10 +15,13 @@ struct BenchTransferOptions {
   std::vector<std::string> transports = {"auto"};
   std::string operation = "write";   ///< write: from here into the target's memory; read: the other way
   std::vector<uint64_t> block_bytes = {4u << 10, 16u << 10, 64u << 10, 256u << 10, 1u << 20, 4u << 20, 16u << 20};
-  /// Blocks of one transfer; empty: as many as come to 32 MiB, one at least.
+  /// Blocks of one transfer; empty: as many as come to 32 MiB (of GPU memory 256 MiB), one at least.
   std::vector<uint64_t> blocks;
   std::string order = "scattered";   ///< scattered (a random permutation), contiguous or both
-  std::string memory = "shared";     ///< the target's pool: shared (a memfd, peers may map it) or private
+  std::string memory = "shared";     ///< the target's pool: shared (a memfd, peers may map it) or private; cuda: GPU memory on both sides
+  int32_t device = 0;                ///< the initiator's GPU
+  int32_t peer_device = -1;          ///< the target's; negative: the one behind `device`, or the same when there is only one
+  std::string cuda_library;          ///< empty: libcuda.so.1
   uint64_t pool_bytes = 512u << 20;  ///< on each side; blocks are drawn anew from all of it for each run
   int32_t runs = 7;
   int32_t pings = 500;               ///< for the notification latency; 0: leave it out
@@ -39,6 +42,7 @@ struct BenchTransferTargetOptions {
   int fd = -1;                          ///< a connected socket
   uint64_t max_pool_bytes = 64ull << 30;
   int64_t timeout_ms = 60'000;
+  std::string cuda_library;             ///< empty: libcuda.so.1
 };
 
 struct Spread {
@@ -87,6 +91,7 @@ struct BenchPath {
 struct BenchTransferResult {
   BenchTransferOptions options;
   std::string target;  ///< "a process on this host", "10.0.0.2:7000 (another host)"
+  std::string device, target_device;  ///< GPUs, with --memory cuda
   std::vector<BenchPath> paths;
   std::vector<BenchTransferRow> rows;
   uint64_t verified_blocks = 0;

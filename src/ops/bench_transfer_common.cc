@@ -36,18 +36,11 @@ void fill_words(std::span<std::byte> memory, uint64_t seed) {
 
 uint64_t hash_block(std::span<const std::byte> block) { return XXH3_64bits(block.data(), block.size()); }
 
-Result<BenchAgent> BenchAgent::open(const std::string& name, const std::string& transport, const std::string& ip,
-                                    int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes,
-                                    bool integrity) {
-  transfer::AgentConfig config;
-  config.name = name;
-  config.transport = transport;
-  config.bind_address = ip;
-  config.default_timeout_ms = timeout_ms;
-  config.integrity = integrity;
+Result<BenchAgent> BenchAgent::open(const transfer::AgentConfig& config, std::span<std::byte> memory, transfer::MemoryKind kind,
+                                    const std::vector<uint64_t>& block_sizes) {
   BenchAgent result;
   BATON_ASSIGN_OR_RETURN(result.agent, transfer::Agent::create(config));
-  BATON_ASSIGN_OR_RETURN(transfer::MemoryRegion region, result.agent->register_memory(memory, transfer::MemoryKind::kHost));
+  BATON_ASSIGN_OR_RETURN(transfer::MemoryRegion region, result.agent->register_memory(memory, kind));
   for (uint64_t bytes : block_sizes) {
     if (bytes == 0 || bytes > memory.size()) return invalid_argument("blocks of {} bytes in a pool of {}", bytes, memory.size());
     BATON_RETURN_IF_ERROR(result.agent->add_pool({region, bytes, memory.size() / bytes}).status());

@@ -24,9 +24,8 @@ struct BenchAgent {
   std::unique_ptr<transfer::Agent> agent;
   std::vector<uint64_t> block_sizes;  ///< pool i has blocks of block_sizes[i] bytes
 
-  static Result<BenchAgent> open(const std::string& name, const std::string& transport, const std::string& ip,
-                                 int64_t timeout_ms, std::span<std::byte> memory, const std::vector<uint64_t>& block_sizes,
-                                 bool integrity = false);
+  static Result<BenchAgent> open(const transfer::AgentConfig& config, std::span<std::byte> memory, transfer::MemoryKind kind,
+                                 const std::vector<uint64_t>& block_sizes);
   Result<transfer::PoolId> pool_of(uint64_t block_bytes) const;
 };
 

@@ -13,9 +13,12 @@ namespace {
 double gb(double bytes_per_s) { return bytes_per_s * 1e-9; }
 double mib(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
-std::string what_is_moved(const BenchTransferOptions& o) {
-  return fmt::format("{}pools of {}, the target's {}; blocks drawn anew from all of it for each run; medians of {} runs{}", o.operation == "read" ? "reads; " : "", format_bytes(o.pool_bytes),
-                     o.memory, o.runs, o.integrity ? "; integrity mode: every block is hashed on both sides" : "");
+std::string what_is_moved(const BenchTransferResult& result) {
+  const BenchTransferOptions& o = result.options;
+  const std::string where = o.memory == "cuda" ? fmt::format("GPU memory: {} {} {}", result.device, o.operation == "read" ? "from" : "to", result.target_device)
+                                               : fmt::format("the target's {}", o.memory);
+  return fmt::format("{}pools of {}, {}; blocks drawn anew from all of it for each run; medians of {} runs{}", o.operation == "read" ? "reads; " : "", format_bytes(o.pool_bytes),
+                     where, o.runs, o.integrity ? "; integrity mode: every block is hashed on both sides" : "");
 }
 
 ordered_json to_json(const Spread& s) { return {{"median", s.median}, {"min", s.min}, {"max", s.max}}; }
@@ -62,7 +65,7 @@ std::string format_bytes(uint64_t bytes) {
 }
 
 std::string bench_transfer_table(const BenchTransferResult& result) {
-  std::string out = fmt::format("{} {}; {}\n", result.options.operation == "read" ? "from" : "to", result.target, what_is_moved(result.options));
+  std::string out = fmt::format("{} {}; {}\n", result.options.operation == "read" ? "from" : "to", result.target, what_is_moved(result));
   for (const BenchPath& path : result.paths) {
     out += fmt::format("\n{} ({}, {})\n  {}\n", path.transport, path.provider, path.reason, costs_line(path));
     if (!path.notifications.empty()) out += fmt::format("  {}\n", notifications_line(path, result.options.operation == "read"));
@@ -107,7 +110,7 @@ std::string bench_transfer_json(const BenchTransferResult& result) {
                     {"bytes_per_s", to_json(row.bytes_per_s)}, {"ms", row.ms}, {"initiator_cpu_s_per_gb", row.initiator_cpu_s_per_gb},
                     {"target_cpu_s_per_gb", row.target_cpu_s_per_gb}, {"retries", row.retries}, {"baselines", baselines}});
   }
-  ordered_json out = {{"target", result.target}, {"operation", o.operation}, {"pool_bytes", o.pool_bytes}, {"memory", o.memory}, {"runs", o.runs}, {"integrity", o.integrity}, {"seed", o.seed},
+  ordered_json out = {{"target", result.target}, {"operation", o.operation}, {"pool_bytes", o.pool_bytes}, {"memory", o.memory}, {"device", result.device}, {"target_device", result.target_device}, {"runs", o.runs}, {"integrity", o.integrity}, {"seed", o.seed},
                       {"verified_blocks", result.verified_blocks}, {"paths", paths}, {"rows", rows}};
   return out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
@@ -151,7 +154,7 @@ std::string bench_transfer_html(const BenchTransferResult& result) {
       "table{{border-collapse:collapse}}td,th{{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}}"
       "td:first-child{{text-align:left}}svg{{max-width:480px;width:100%;height:auto}}</style></head><body>"
       "<h1>baton bench transfer</h1><p>{} {}; {}</p>{}</body></html>\n",
-      result.options.operation == "read" ? "from" : "to", escape_html(result.target), what_is_moved(result.options), body);
+      result.options.operation == "read" ? "from" : "to", escape_html(result.target), escape_html(what_is_moved(result)), body);
 }
 
 }  // namespace baton::ops

@@ -11,6 +11,7 @@
 #include "ops/bench_transfer_common.h"
 #include "ops/bench_transfer_wire.h"
 #include "ops/raw_fabric.h"
+#include "ops/raw_gpu.h"
 #include "ops/raw_socket.h"
 
 namespace baton::ops {
@@ -100,15 +101,33 @@ class Target {
       case BenchCommand::kEcho: return echo(request, reply);
       case BenchCommand::kEchoStop: echo_.reset(); return {};
       case BenchCommand::kFill:
+        if (gpu_) {
+          BATON_ASSIGN_OR_RETURN(MappedMemory words, MappedMemory::create_private(gpu_->bytes()));
+          fill_words(words.span(), request.count);
+          return gpu_->upload(words.span());
+        }
         if (!pool_) return failed_precondition("there is no pool");
         fill_words(pool_.span(), request.count);
         return {};
       case BenchCommand::kPrepare:
-        return for_each_block(request, [](std::span<std::byte> block, size_t) { std::memset(block.data(), 0xee, block.size()); });
+        return for_each_block(request, [this](uint64_t offset, size_t) -> Status {
+          if (gpu_) return gpu_->fill(offset, block_bytes_, 0xee);
+          std::memset(pool_.data() + offset, 0xee, block_bytes_);
+          return {};
+        });
       case BenchCommand::kCheck:
         if (request.hashes.size() != request.blocks.size()) return invalid_argument("as many hashes as blocks are needed");
-        return for_each_block(request, [&](std::span<std::byte> block, size_t i) {
+        return for_each_block(request, [&](uint64_t offset, size_t i) -> Status {
+          std::span<std::byte> block;
+          if (gpu_) {
+            downloaded_.resize(block_bytes_);
+            block = downloaded_;
+            BATON_RETURN_IF_ERROR(gpu_->download(offset, block));
+          } else {
+            block = pool_.span().subspan(offset, block_bytes_);
+          }
           if (hash_block(block) != request.hashes[i]) ++reply.bad_blocks;
+          return {};
         });
       case BenchCommand::kUsage:
         reply.cpu_ns = process_cpu_ns();
@@ -146,7 +165,17 @@ class Target {
       return invalid_argument("a pool of {} bytes was asked for; this target gives up to {} (--pool-bytes)", request.pool_bytes,
                               options_.max_pool_bytes);
     }
-    if (!pool_ || pool_.bytes() != request.pool_bytes || (pool_.fd() >= 0) != request.shared_memory) {
+    if (request.gpu_memory) {
+      pool_ = MappedMemory();
+      if (!gpu_ || gpu_->bytes() != request.pool_bytes) {
+        gpu_.reset();
+        BATON_ASSIGN_OR_RETURN(GpuPool pool, GpuPool::open(options_.cuda_library, static_cast<int32_t>(request.device), request.pool_bytes));
+        gpu_.emplace(std::move(pool));
+      }
+      BATON_RETURN_IF_ERROR(gpu_->fill(0, gpu_->bytes(), 1));
+      reply.device = gpu_->gpu()->name();
+    } else if (!pool_ || pool_.bytes() != request.pool_bytes || (pool_.fd() >= 0) != request.shared_memory) {
+      gpu_.reset();
       pool_ = MappedMemory();
       BATON_ASSIGN_OR_RETURN(pool_, request.shared_memory ? MappedMemory::create_shared("baton-bench", request.pool_bytes)
                                                           : MappedMemory::create_private(request.pool_bytes));
@@ -154,8 +183,14 @@ class Target {
     }
     resident_before_ = resident_bytes();
     int64_t begin_ns = SteadyClock::instance().now_ns();
-    BATON_ASSIGN_OR_RETURN(BenchAgent agent, BenchAgent::open("target", request.transport, ip_, options_.timeout_ms, pool_.span(),
-                                                              request.block_sizes));
+    transfer::AgentConfig config;
+    config.name = "target";
+    config.transport = request.transport;
+    config.bind_address = ip_;
+    config.default_timeout_ms = options_.timeout_ms;
+    config.cuda_library = options_.cuda_library;
+    BATON_ASSIGN_OR_RETURN(BenchAgent agent, gpu_ ? BenchAgent::open(config, gpu_->span(), transfer::MemoryKind::kCuda, request.block_sizes)
+                                                  : BenchAgent::open(config, pool_.span(), transfer::MemoryKind::kHost, request.block_sizes));
     agent_ = std::make_unique<BenchAgent>(std::move(agent));
     reply.elapsed_ns = static_cast<uint64_t>(SteadyClock::instance().now_ns() - begin_ns);
     reply.text = agent_->agent->metadata();
@@ -181,16 +216,22 @@ class Target {
 
   template <typename Action>
   Status for_each_block(const BenchRequest& request, Action action) {
-    if (!pool_ || request.block_bytes == 0) return failed_precondition("there is no pool");
-    uint64_t count = pool_.bytes() / request.block_bytes;
+    if ((!pool_ && !gpu_) || request.block_bytes == 0) return failed_precondition("there is no pool");
+    block_bytes_ = request.block_bytes;
+    uint64_t count = (gpu_ ? gpu_->bytes() : pool_.bytes()) / block_bytes_;
     for (size_t i = 0; i < request.blocks.size(); ++i) {
       if (request.blocks[i] >= count) return invalid_argument("block {} of a pool with {}", request.blocks[i], count);
-      action(pool_.span().subspan(request.blocks[i] * request.block_bytes, request.block_bytes), i);
+      BATON_RETURN_IF_ERROR(action(request.blocks[i] * block_bytes_, i));
     }
     return {};
   }
 
   Status raw_memory(BenchReply& reply) {
+    if (gpu_) {
+      BATON_ASSIGN_OR_RETURN(reply.text, gpu_->ipc_handle());
+      reply.bytes = gpu_->bytes();
+      return {};
+    }
     if (!pool_) return failed_precondition("there is no pool");
     // The limit of copying between processes is that of mapped memory, wherever the agent's pool lies.
     if (pool_.fd() < 0 && !raw_pool_) {
@@ -227,6 +268,9 @@ class Target {
   const BenchTransferTargetOptions options_;
   std::string ip_;
   MappedMemory pool_, raw_pool_;
+  std::optional<GpuPool> gpu_;  // instead of pool_
+  uint64_t block_bytes_ = 0;    // of the request that is being served
+  std::vector<std::byte> downloaded_;
   std::unique_ptr<BenchAgent> agent_;
   Peer peer_;
   std::unique_ptr<Echo> echo_;

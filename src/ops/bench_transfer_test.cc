@@ -16,6 +16,8 @@ using ::testing::HasSubstr;
 BenchRequest full_request() {
   BenchRequest request{.command = BenchCommand::kCheck};
   request.shared_memory = true;
+  request.gpu_memory = true;
+  request.device = ~0u;
   request.tag = 7;
   request.pool_bytes = 1ull << 40;
   request.block_bytes = 4096;
@@ -40,6 +42,7 @@ TEST(BenchTransferWire, RecordsComeBackAsTheyWere) {
   reply.message = "gone";
   reply.host_id = "host";
   reply.text = std::string(70, '\1');
+  reply.device = "GPU 0";
   reply.pid = 1;
   reply.address = ~0ull;
   reply.bad_blocks = 3;
@@ -144,6 +147,8 @@ TEST(BenchTransferOptions, RefusesWhatMakesNoSense) {
   EXPECT_TRUE(refused([](auto& o) { o.pool_bytes = 1 << 20; }));
   EXPECT_TRUE(refused([](auto& o) { o.order = "sorted"; }));
   EXPECT_TRUE(refused([](auto& o) { o.memory = "gpu"; }));
+  EXPECT_TRUE(refused([](auto& o) { o.device = -1; }));
+  EXPECT_TRUE(refused([](auto& o) { o.peer_device = 5000; }));
   EXPECT_TRUE(refused([](auto& o) { o.runs = 0; }));
   EXPECT_TRUE(refused([](auto& o) { o.pings = -1; }));
 }
@@ -155,6 +160,11 @@ TEST(BenchTransferOptions, ADefaultTransferIsLargerThanACache) {
   EXPECT_THAT(block_counts(options, 64 << 20), ElementsAre(1));
   options.blocks = {1, 64};
   EXPECT_THAT(block_counts(options, 4096), ElementsAre(1, 64));
+  options.blocks.clear();
+  options.memory = "cuda";
+  EXPECT_THAT(block_counts(options, 64 << 10), ElementsAre(4096));
+  options.pool_bytes = 1 << 20;
+  EXPECT_THAT(block_counts(options, 64 << 10), ElementsAre(16));
 }
 
 TEST(BenchTransferSpread, IsMedianAndExtremes) {

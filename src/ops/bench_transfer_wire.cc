@@ -33,6 +33,8 @@ template <typename Visitor, typename Request>
 void visit_request(Visitor& visit, Request& request) {
   visit(request.version);
   visit(request.shared_memory);
+  visit(request.gpu_memory);
+  visit(request.device);
   visit(request.tag);
   visit(request.pool_bytes);
   visit(request.block_bytes);
@@ -50,6 +52,7 @@ void visit_reply(Visitor& visit, Reply& reply) {
   visit(reply.message);
   visit(reply.host_id);
   visit(reply.text);
+  visit(reply.device);
   visit(reply.tag);
   visit(reply.port);
   visit(reply.pid);

@@ -12,7 +12,7 @@
 /// one stream socket. Frame: length (u32, little-endian, of what follows), then one record.
 namespace baton::ops {
 
-inline constexpr uint32_t kBenchWireVersion = 2;
+inline constexpr uint32_t kBenchWireVersion = 3;
 inline constexpr size_t kMaxBenchFrameBytes = 8u << 20;
 inline constexpr size_t kMaxBenchBlocks = 1u << 18;  ///< of one transfer
 inline constexpr size_t kMaxBenchSizes = 64;         ///< block sizes of one run
@@ -27,7 +27,7 @@ enum class BenchCommand : uint8_t {
   kPrepare,         ///< block_bytes, blocks: overwrite these
   kCheck,           ///< block_bytes, blocks, hashes: compare
   kUsage,           ///< CPU time and memory of the target's process
-  kRawMemory,       ///< where the pools are, for the copies without an agent
+  kRawMemory,       ///< where the pools are, for the copies without an agent (of a GPU: a handle)
   kRawFabricOpen,   ///< transport: a bare endpoint
   kRawFabricRun,    ///< progress it until the next frame comes
   kRawSocketOpen,   ///< listens; the initiator connects
@@ -44,6 +44,8 @@ struct BenchRequest {
   BenchCommand command = BenchCommand::kHello;
   uint32_t version = kBenchWireVersion;
   bool shared_memory = false;
+  bool gpu_memory = false;
+  uint32_t device = 0;  ///< of the target; as a negative int32_t: see GpuPool::open()
   uint32_t tag = 0;
   uint64_t pool_bytes = 0;
   uint64_t block_bytes = 0;
@@ -62,7 +64,8 @@ struct BenchReply {
   StatusCode code = StatusCode::kOk;
   std::string message;
   std::string host_id;
-  std::string text;       ///< metadata, endpoint name
+  std::string text;       ///< metadata, endpoint name, handle
+  std::string device;     ///< the target's GPU
   uint32_t tag = 0;
   uint32_t port = 0;
   uint64_t pid = 0;

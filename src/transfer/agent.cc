@@ -404,6 +404,7 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   if (config_.integrity) {
     peer->limits.max_burst_bytes = std::min(peer->limits.max_burst_bytes, kMaxHashedBurstBytes);
     peer->limits.plan.max_message_bytes = std::min(peer->limits.plan.max_message_bytes, kMaxHashedBurstBytes);
+    peer->limits.plan.min_listed_bytes = 0;  // what is hashed are segments
   }
   peer->reason = std::move(path.reason);
   peer->link = std::move(path.link);
@@ -437,7 +438,11 @@ Result<AgentCore::Ends> AgentCore::check_ends(const Metadata& peer, PoolId local
     return invalid_argument("{} bytes from offset {} are outside of blocks of {} (here) and {} bytes ('{}')", length_bytes,
                             offset_bytes, ends.local.stride_bytes, ends.remote.stride_bytes, peer.name);
   }
+  const BlockBounds bounds = bounds_of(blocks);
+  ends.last_remote_block = bounds.remote;
+  const bool outside = !blocks.empty() && (bounds.local >= ends.local.count || bounds.remote >= ends.remote.count);
   for (const BlockPair& pair : blocks) {
+    if (!outside) break;
     if (pair.local_block >= ends.local.count || pair.remote_block >= ends.remote.count) {
       return invalid_argument("block {} {} {}: this pool has {} blocks, that of '{}' has {}", pair.local_block, arrow,
                               pair.remote_block, ends.local.count, peer.name, ends.remote.count);
@@ -457,25 +462,31 @@ Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite writ
   const std::shared_ptr<PeerCore>& peer = paths.of(kind, ends.remote.kind);
   if (peer == nullptr) return paths.missing[PeerPaths::index(kind, ends.remote.kind)];
   PlanLimits limits = peer->limits.plan;
-  if (integrity) limits.max_message_bytes = std::min(limits.max_message_bytes, kMaxHashedBurstBytes);
+  if (integrity) {
+    limits.max_message_bytes = std::min(limits.max_message_bytes, kMaxHashedBurstBytes);
+    limits.min_listed_bytes = 0;  // what is hashed are segments
+  }
 
   auto transfer = std::make_shared<Transfer::Impl>();
   transfer->agent = weak_from_this();
   transfer->peer = peer;
-  transfer->plan = plan_write(write, ends.local.stride_bytes, ends.remote.stride_bytes, limits);
-  transfer->message_count = transfer->plan.messages.size();
-  transfer->byte_count = transfer->plan.bytes;
-  transfer->local_region = ends.local.region;
+  transfer->block_count = write.blocks.size();
+  transfer->remote_end = ends.last_remote_block * ends.remote.stride_bytes + write.offset_bytes + write.length_bytes;
   transfer->remote_pool = ends.remote.id;
   transfer->tag = write.tag;
   transfer->after = write.after;
   transfer->deadline_ns = deadline_ns(write.deadline);
   transfer->on_done = std::move(on_done);
+  const uint64_t length_bytes = write.length_bytes;
+  transfer->plan = plan_write(std::move(write), ends.local.stride_bytes, ends.remote.stride_bytes, limits);
+  transfer->message_count = transfer->plan.messages.size();
+  transfer->byte_count = transfer->plan.bytes;
+  transfer->local_region = std::move(ends.local.region);
   if (integrity && transfer->message_count > 0) {
-    transfer->check = std::make_unique<OutgoingCheck>(write.length_bytes);
+    transfer->check = std::make_unique<OutgoingCheck>(length_bytes);
     transfer->check->remote_stride_bytes = ends.remote.stride_bytes;
-    transfer->check->block_count = write.blocks.size();
-    transfer->counted_check = write.tag != Tag::kNone;
+    transfer->check->block_count = transfer->block_count;
+    transfer->counted_check = transfer->tag != Tag::kNone;
   }
   BATON_RETURN_IF_ERROR(enqueue(transfer));
   return transfer;

@@ -196,7 +196,14 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     }
     uint32_t slot = free_slot(peer);
     BackendMessage message;
-    message.segments = std::span(transfer->plan.segments).subspan(planned.first_segment, planned.segment_count);
+    const WritePlan& plan = transfer->plan;
+    if (plan.blocks.empty()) {
+      message.segments = std::span(plan.segments).subspan(planned.first_segment, planned.segment_count);
+    } else {
+      message.blocks = std::span(plan.blocks).subspan(planned.first_segment, planned.segment_count);
+      message.range = plan.range;
+      message.remote_end = transfer->remote_end;
+    }
     message.bytes = planned.bytes;
     message.local = transfer->local;
     message.remote_pool = transfer->remote_pool;

@@ -90,6 +90,8 @@ class baton::transfer::Transfer::Impl {
   std::shared_ptr<PeerCore> peer;
   WritePlan plan;  // emptied when done
   uint64_t message_count = 0;
+  uint64_t block_count = 0;
+  uint64_t remote_end = 0;
   bool counted_check = false;
   uint64_t byte_count = 0;
   MemoryRegion local_region;
@@ -248,6 +250,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   struct Ends {
     LocalPool local;
     Metadata::Pool remote;
+    uint64_t last_remote_block = 0;
   };
   /// What the two ends of an operation are, when all its blocks lie inside.
   Result<Ends> check_ends(const Metadata& peer, PoolId local, PoolId remote, std::span<const BlockPair> blocks,

@@ -35,7 +35,7 @@ Result<TransferPointer> AgentCore::read(const PeerPaths& paths, BlockRead read, 
     same.blocks = std::move(read.blocks);
     same.offset_bytes = read.offset_bytes;
     same.length_bytes = read.length_bytes;
-    transfer->plan = plan_write(same, ends.local.stride_bytes, ends.remote.stride_bytes, peer->limits.plan);
+    transfer->plan = plan_write(std::move(same), ends.local.stride_bytes, ends.remote.stride_bytes, peer->limits.plan);
     transfer->message_count = transfer->plan.messages.size();
   } else {
     transfer->read = std::make_unique<OutgoingRead>();

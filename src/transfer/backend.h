@@ -48,6 +48,10 @@ struct LocalPool {
 
 struct BackendMessage {
   std::span<const Segment> segments;
+  /// Instead of segments, where PlanLimits::min_listed_bytes asks for it: `range` of these.
+  std::span<const BlockPair> blocks;
+  BlockRange range;
+  uint64_t remote_end = 0;  ///< with `blocks`: where the last of them ends in the remote pool
   uint64_t bytes = 0;
   const BackendRegion* local = nullptr;  ///< the region of the local pool
   uint32_t remote_pool = 0;
@@ -78,6 +82,11 @@ class Link {
   virtual bool late_writes_possible() const = 0;
   /// False while the destructor could not keep its promise: wait until what is posted has ended.
   virtual bool closable() const { return true; }
+  /// The peer's pool in this process's memory, where it is mapped; empty: it is not. Good while the link is, once ready().
+  virtual std::span<std::byte> mapped_pool(uint32_t pool) const {
+    (void)pool;
+    return {};
+  }
   /// Its name in Backend::checks() and Backend::reads().
   virtual CheckChannel::Connection connection() const = 0;
 

@@ -1,14 +1,45 @@
 #include "transfer/plan.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/check.h"
 
 namespace baton::transfer {
 
-WritePlan plan_write(const BlockWrite& write, uint64_t local_stride_bytes,
+namespace {
+
+WritePlan list_blocks(BlockWrite write, uint64_t local_stride_bytes, uint64_t remote_stride_bytes, const PlanLimits& limits) {
+  WritePlan plan;
+  plan.bytes = write.blocks.size() * write.length_bytes;
+  plan.range = {local_stride_bytes, remote_stride_bytes, write.offset_bytes, write.length_bytes};
+  plan.blocks = std::move(write.blocks);
+  const size_t most = std::min<uint64_t>(limits.max_segments, limits.max_message_bytes / write.length_bytes);
+  for (size_t first = 0; first < plan.blocks.size(); first += most) {
+    const size_t count = std::min(most, plan.blocks.size() - first);
+    plan.messages.push_back({static_cast<uint32_t>(first), static_cast<uint32_t>(count), count * write.length_bytes});
+  }
+  return plan;
+}
+
+}  // namespace
+
+BlockBounds bounds_of(std::span<const BlockPair> blocks) {
+  BlockBounds bounds;
+  for (const BlockPair& pair : blocks) {
+    bounds.local = std::max(bounds.local, pair.local_block);
+    bounds.remote = std::max(bounds.remote, pair.remote_block);
+  }
+  return bounds;
+}
+
+WritePlan plan_write(BlockWrite write, uint64_t local_stride_bytes,
                      uint64_t remote_stride_bytes, const PlanLimits& limits) {
   BATON_CHECK(limits.max_segments > 0 && limits.max_message_bytes > 0);
+  if (limits.min_listed_bytes > 0 && write.length_bytes >= limits.min_listed_bytes &&
+      write.length_bytes <= std::min(limits.max_listed_bytes, limits.max_message_bytes)) {
+    return list_blocks(std::move(write), local_stride_bytes, remote_stride_bytes, limits);
+  }
   WritePlan plan;
   plan.segments.reserve(write.blocks.size());
   plan.bytes = write.blocks.size() * write.length_bytes;

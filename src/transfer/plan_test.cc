@@ -94,5 +94,27 @@ TEST(PlanWrite, EveryByteIsMovedOnceWhateverTheLimits) {
   }
 }
 
+TEST(Plan, BlocksOfATransportThatTakesThemStayBlocks) {
+  PlanLimits limits{.max_message_bytes = 1000, .max_segments = 4, .max_packed_segment_bytes = 1000,
+                    .min_listed_bytes = 100, .max_listed_bytes = 900};
+  std::vector<BlockPair> pairs;
+  for (uint32_t i = 0; i < 10; ++i) pairs.push_back({i, i + 1});
+  WritePlan plan = plan_write(write_of(pairs, 10, 200), 400, 500, limits);
+  EXPECT_TRUE(plan.segments.empty());
+  EXPECT_EQ(plan.blocks.size(), 10u);
+  EXPECT_EQ(plan.bytes, 2000u);
+  EXPECT_EQ(plan.range.remote_stride_bytes, 500u);
+  EXPECT_THAT(plan.messages, ElementsAre(PlannedMessage{0, 4, 800}, PlannedMessage{4, 4, 800}, PlannedMessage{8, 2, 400}));
+  plan = plan_write(write_of(pairs, 10, 400), 400, 500, limits);
+  EXPECT_THAT(plan.messages, ElementsAre(PlannedMessage{0, 2, 800}, PlannedMessage{2, 2, 800}, PlannedMessage{4, 2, 800},
+                                         PlannedMessage{6, 2, 800}, PlannedMessage{8, 2, 800}));
+  // Too small, and too large for one message.
+  EXPECT_TRUE(plan_write(write_of(pairs, 0, 99), 400, 500, limits).blocks.empty());
+  EXPECT_TRUE(plan_write(write_of(pairs, 0, 901), 2000, 2000, limits).blocks.empty());
+  EXPECT_TRUE(plan_write(write_of({}, 0, 200), 400, 500, limits).messages.empty());
+  EXPECT_EQ(bounds_of(pairs).local, 9u);
+  EXPECT_EQ(bounds_of(pairs).remote, 10u);
+}
+
 }  // namespace
 }  // namespace baton::transfer

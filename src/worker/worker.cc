@@ -116,6 +116,12 @@ class WorkerImpl final : public Worker {
     bool dropped = false;
     for (;;) {
       core_->run_once(mailbox_->take(core_->idle_ms()));
+      if (!core_->device().ok()) {
+        log_error("{}: the device is lost: {}", config_.name, core_->device().message());
+        core_->disconnect();
+        if (config_.on_device_lost) config_.on_device_lost(core_->device());
+        return;
+      }
       const int64_t now_ms = clock.now_ms();
       if (now_ms - published_ms >= 200) {
         published_ms = now_ms;

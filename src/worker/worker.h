@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -36,6 +37,9 @@ struct WorkerConfig {
   int64_t queue_timeout_ms = 30'000;           ///< of requests that name none
   int64_t prefill_queue_timeout_ms = 10'000;
   int64_t quarantine_timeout_ms = 30'000;
+  /// Called once, from the engine's thread, when the device is lost: the worker has closed its channels, so that routers go
+  /// on elsewhere, and only stop() is left to do.
+  std::function<void(const Status&)> on_device_lost = {};
 
   Status validate() const;
 };

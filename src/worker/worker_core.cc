@@ -35,6 +35,7 @@ void WorkerCore::run_once(std::vector<Event> events) {
   if (context_.now_ms() - last_tick_ms_ >= kTickMs) tick();
   start_queued();
   if (context_.engine.has_work()) step();
+  if (!device_.ok()) return;
   decode_.flush();
   report_load();
 }
@@ -49,6 +50,10 @@ int64_t WorkerCore::idle_ms() const {
 void WorkerCore::step() {
   const int64_t begin_ns = context_.clock.now_ns();
   StepOutput output = context_.engine.step();
+  if (!output.device.ok()) {
+    device_ = output.device;
+    return;
+  }
   int64_t tokens = 0;
   for (const TokenOutput& token : output.tokens) {
     tokens += token.token.has_value();

@@ -52,6 +52,8 @@ class WorkerCore {
   void disconnect();
 
   CoreHealth health() const;
+  /// Not ok: the device is lost. There is nothing left to do but disconnect(): peers and routers go on elsewhere.
+  const Status& device() const { return device_; }
 
  private:
   /// What an accepted channel turned out to be; connected ones are in the PeerTable.
@@ -82,6 +84,7 @@ class WorkerCore {
   int64_t last_load_ms_ = 0;
   int64_t last_metrics_ms_ = 0;
   bool load_urgent_ = true;
+  Status device_;
   uint64_t last_load_key_ = 0;
 };
 

@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 #include <prometheus/metric_family.h>
 
+#include <chrono>
 #include <condition_variable>
+#include <future>
 #include <map>
 #include <mutex>
 
@@ -252,6 +254,28 @@ TEST_P(WorkerPairTest, LostPrefillWorkerIsReplacedByTheDecodeWorker) {
   router.generate(100, make_prompt(600, 100), sampling, {address});
   ASSERT_TRUE(router.wait_finished(100));
   EXPECT_EQ(router.output(100).path, "remote:prefill-0");
+}
+
+TEST_P(WorkerPairTest, AWorkerWhoseDeviceIsLostLeavesAndCostsNoRequest) {
+  prefill.reset();
+  prefill_model.fail_next = unavailable("a step on the GPU: CUDA_ERROR_ILLEGAL_ADDRESS");
+  std::promise<Status> lost;
+  WorkerConfig config = test_config("prefill-0", GetParam());
+  config.on_device_lost = [&](const Status& status) { lost.set_value(status); };
+  prefill = Worker::start(config, prefill_model, *network).value();
+  TestRouter router(*network, decode->address());
+  router.set_peers({prefill->address()});
+  ASSERT_TRUE(router.wait_pairs_ready(1));
+  SamplingParams sampling;
+  sampling.max_tokens = 8;
+  router.generate(1, make_prompt(600, 1), sampling, {prefill->address()});
+  ASSERT_TRUE(router.wait_finished(1));
+  EXPECT_EQ(router.output(1).tokens, expected_tokens(make_prompt(600, 1), sampling));
+  auto told = lost.get_future();
+  ASSERT_EQ(told.wait_for(std::chrono::seconds(20)), std::future_status::ready);
+  EXPECT_EQ(told.get().code(), StatusCode::kUnavailable);
+  prefill->stop(0);
+  EXPECT_TRUE(router.wait_load([](const auto& load) { return load.blocks_used() == 0 && load.blocks_quarantined() == 0; }));
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, WorkerPairTest, ::testing::Values("shm", "tcp"),

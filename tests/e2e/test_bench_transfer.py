@@ -12,6 +12,7 @@ import time
 import unittest
 
 BATON = os.environ.get("BATON", str(pathlib.Path(__file__).resolve().parents[2] / "build" / "release" / "baton"))
+FAKE_CUDA = os.environ.get("BATON_FAKE_CUDA")  # the stand-in for libcuda.so.1
 SMALL = ["--pool-bytes", "8MiB", "--block-bytes", "4KiB", "64KiB", "1MiB", "--runs", "2", "--pings", "20", "--verify", "--quiet"]
 
 
@@ -57,6 +58,27 @@ class BenchTransfer(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stdout)
             self.assertIn("integrity mode", done.stdout)
             self.assertIn("blocks compared, all right", done.stdout)
+
+    @unittest.skipUnless(FAKE_CUDA, "there is no stand-in for CUDA")
+    def test_gpu_memory_is_right_and_stands_beside_the_drivers_copies(self):
+        to_host = ["bulk to host", "each to host"]
+        result = self.check(["--memory", "cuda", "--cuda-library", FAKE_CUDA, "--transport", "auto", "staged:shm", "staged:tcp"],
+                            ["cuda_ipc", "staged:shm", "staged:tcp"],
+                            {"cuda_ipc": ["bulk", "each"], "staged:shm": to_host, "staged:tcp": to_host})
+        self.assertIn("GPU 0", result["device"])
+        self.assertIn("GPU 1", result["target_device"])
+        result = self.check(["--memory", "cuda", "--cuda-library", FAKE_CUDA, "--peer-device", "0"], ["cuda_ipc"], {"cuda_ipc": ["bulk", "each"]})
+        self.assertEqual(result["device"], result["target_device"])
+        for arguments, text in [(["--device", "7"], "there is no GPU 7"), (["--peer-device", "7"], "the target: there is no GPU 7"),
+                                (["--transport", "shm"], "host memory only")]:
+            done = bench(*SMALL, "--blocks", "1", "--memory", "cuda", "--cuda-library", FAKE_CUDA, *arguments, timeout_s=30)
+            self.assertEqual(done.returncode, 1, arguments)
+            self.assertIn(text, done.stdout)
+
+    def test_without_a_driver_gpu_memory_is_an_error_that_says_so(self):
+        done = bench(*SMALL, "--memory", "cuda", "--cuda-library", "libno-such-cuda.so.1", timeout_s=30)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("there is no CUDA driver", done.stdout)
 
     def test_a_target_that_listens_serves_one_initiator(self):
         target = subprocess.Popen([BATON, "bench", "transfer", "--listen", "127.0.0.1:0", "--pool-bytes", "8MiB"],

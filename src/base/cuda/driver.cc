@@ -39,8 +39,10 @@ Status Driver::check(CUresult result, std::string_view call) const {
   const char* text = nullptr;
   (void)get_error_name(result, &error_name);
   (void)get_error_string(result, &text);
-  return unavailable("{}: {} ({})", call, error_name != nullptr ? error_name : fmt::format("CUDA error {}", result).c_str(),
-                     text != nullptr ? text : "no text");
+  std::string message = fmt::format("{}: {} ({})", call, error_name != nullptr ? error_name : fmt::format("CUDA error {}", result).c_str(),
+                                    text != nullptr ? text : "no text");
+  constexpr CUresult kOutOfMemory = 2;
+  return result == kOutOfMemory ? resource_exhausted("{}", message) : unavailable("{}", message);
 }
 
 }  // namespace baton::cuda

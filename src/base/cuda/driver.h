@@ -41,7 +41,7 @@ inline constexpr int kAttributeComputeMajor = 75, kAttributeComputeMinor = 76;
 inline constexpr int kAttributeSharedBytesOptIn = 97;
 inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
 inline constexpr unsigned kEventDefault = 0, kEventDisableTiming = 2;
-inline constexpr int kLaunchProgrammaticSerialization = 6;
+inline constexpr int kLaunchClusterDimension = 4, kLaunchProgrammaticSerialization = 6;
 struct CUlaunchAttribute {
   int id;
   char pad[4];

@@ -63,17 +63,28 @@ __device__ __forceinline__ Context context_of(const DeviceSequence& sequence, in
   return c;
 }
 
-/// A running softmax-weighted sum of one output element. Roundings are written out: two places compute it.
-struct Folded {
-  float maximum, sum, value;
-  __device__ __forceinline__ void fold(float m, float l, float v) {
-    const float top = fmaxf(maximum, m);
-    const float old_factor = exp2f(maximum - top), factor = exp2f(m - top);
-    sum = __fmaf_rn(sum, old_factor, __fmul_rn(l, factor));
-    value = __fmaf_rn(value, old_factor, __fmul_rn(v, factor));
-    maximum = top;
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_floats(float (&to)[kCount], const float* from, bool global) {
+  constexpr int kWidth = kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kWidth) {
+    if constexpr (kWidth == 4) {
+      const float4 v = global ? __ldcg(reinterpret_cast<const float4*>(from + i)) : *reinterpret_cast<const float4*>(from + i);
+      to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+    } else if constexpr (kWidth == 2) {
+      const float2 v = global ? __ldcg(reinterpret_cast<const float2*>(from + i)) : *reinterpret_cast<const float2*>(from + i);
+      to[i] = v.x, to[i + 1] = v.y;
+    } else {
+      to[i] = global ? __ldcg(from + i) : from[i];
+    }
   }
-};
+}
 
 template <int kHeadDim, int kRows>
 struct Shape {
@@ -82,36 +93,72 @@ struct Shape {
   static constexpr int kMatrixBytes = kTile * kStride * 2;
   static constexpr int kStageBytes = 2 * kMatrixBytes;
   static constexpr int kChunks = kRows / 4;               // the output is merged in so many column ranges
-  static constexpr int kColumns = kHeadDim / kChunks;
-  static constexpr int kElements = (kRows * kColumns + kDecodeThreads - 1) / kDecodeThreads;  // of a range, per thread
+  static constexpr int kColumns = kHeadDim / kChunks;     // of a range
+  static constexpr int kMergeStride = kColumns + 8;
+  static constexpr int kThreadsPerRow = 32 / kChunks;     // at the merge
+  static constexpr int kElements = kColumns / kThreadsPerRow;  // of a range, next to each other, per thread
   static constexpr size_t kPartialFloats = decode_partial_floats(kHeadDim, kRows);
   static constexpr int kVectors = kHeadDim / 8;           // 16-byte units of a row
   static constexpr int kCopies = kTile * kVectors / 32;   // per lane, for K and again for V
-  static_assert(kTile * kVectors % 32 == 0 && kRows * kColumns % kDecodeThreads == 0 && kColumns % 8 == 0);
+  static_assert(kTile * kVectors % 32 == 0 && kColumns % 8 == 0 && kElements * kThreadsPerRow == kColumns);
+};
+
+/// An item of the line: one split of one pair of a sequence.
+struct Place {
+  int32_t sequence, pair, split;
+  DeviceSequence info;
+  Context context;
+};
+
+/// What the thread has of a pair's result: `kElements` columns of each range, of one row. Roundings are written out, since
+/// two places compute this.
+template <typename S>
+struct Folded {
+  float maximum, sum, values[S::kChunks][S::kElements];
+
+  __device__ __forceinline__ void clear() {
+    maximum = kMinusInfinity, sum = 0;
+#pragma unroll
+    for (auto& range : values) {
+#pragma unroll
+      for (float& value : range) value = 0;
+    }
+  }
+  __device__ __forceinline__ void fold_sum(float l, float old_factor, float factor) {
+    sum = __fmaf_rn(sum, old_factor, __fmul_rn(l, factor));
+  }
+  __device__ __forceinline__ void fold_values(int range, const float (&v)[S::kElements], float old_factor, float factor) {
+#pragma unroll
+    for (int e = 0; e < S::kElements; ++e) values[range][e] = __fmaf_rn(values[range][e], old_factor, __fmul_rn(v[e], factor));
+  }
 };
 
 /// The tiles of one warp, in order: through the splits of the share, and in each from its warp's first tile by fours.
 /// Runs ahead of the arithmetic, with the block ids of its tile already asked for.
 struct Cursor {
-  int32_t item, sequence, kv_head;
+  int32_t item;
+  Place place;
   int32_t token, split_end;
-  const int32_t* table;
-  int32_t blocks[2];
+  int32_t blocks[2], offsets[2];  // of the tile's halves: block ids, bytes from the start of the layer's K
 };
 
 template <int kHeadDim, int kRows>
 __device__ __forceinline__ void decode(const DecodeArguments& a) {
   using S = Shape<kHeadDim, kRows>;
   extern __shared__ __align__(128) unsigned char shared[];
-  float* const merge = reinterpret_cast<float*>(shared + kWarps * S::kStages * S::kStageBytes);  // [warps][rows][columns]
-  float* const warp_maxima = merge + kWarps * 4 * kHeadDim;                                         // [warps][16]
-  float* const warp_sums = warp_maxima + kWarps * 16;                                               // [warps][16]
-  int32_t* const first_split = reinterpret_cast<int32_t*>(warp_sums + kWarps * 16);                 // [count + 1]
+  float* const merge = reinterpret_cast<float*>(shared + kWarps * S::kStages * S::kStageBytes);  // [warps][rows][columns + 8]
+  float* const warp_maxima = merge + kWarps * kRows * S::kMergeStride;                            // [warps][16]
+  float* const warp_sums = warp_maxima + kWarps * 16;                                             // [warps][16]
+  int32_t* const first_split = reinterpret_cast<int32_t*>(warp_sums + kWarps * 16);               // [count + 1]
   __shared__ int32_t warp_totals[kWarps];
   __shared__ int32_t last_to_arrive;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t pairs_per_sequence = a.kv.kv_heads * a.head_blocks;
+  const auto sequence_at = [&](int32_t index) {
+    const int4 v = __ldg(reinterpret_cast<const int4*>(a.sequences + index));
+    return DeviceSequence{v.x, v.y, v.z, v.w};
+  };
 
   // Where each sequence's splits begin in the line, in splits of one pair.
   {
@@ -120,7 +167,7 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int32_t index = static_cast<int32_t>(threadIdx.x) * kEach + i;
-      splits[i] = index < a.count ? context_of(a.sequences[index], a.sliding_window).splits : 0;
+      splits[i] = index < a.count ? context_of(sequence_at(index), a.sliding_window).splits : 0;
       total += splits[i];
     }
     int32_t before = total;
@@ -153,55 +200,72 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   const int32_t item_begin = block * each + min(block, more);
   const int32_t item_end = item_begin + each + (block < more ? 1 : 0);
-  if (item_begin == item_end) return;
-
-  // Of the first item: the last sequence that begins at or before it and has splits.
-  int32_t sequence_begin = 0;
-  for (int32_t high = a.count; high - sequence_begin > 1;) {
-    const int32_t middle = (sequence_begin + high) / 2;
-    (first_split[middle] * pairs_per_sequence <= item_begin ? sequence_begin : high) = middle;
+  if (item_begin == item_end) {
+    wait_for_previous();
+    return;
   }
 
-  const auto enter = [&](Cursor& c) {  // c.item is set, c.sequence is right or too small
-    while (first_split[c.sequence + 1] * pairs_per_sequence <= c.item) ++c.sequence;
-    const DeviceSequence sequence = a.sequences[c.sequence];
-    const Context context = context_of(sequence, a.sliding_window);
-    const int32_t place = c.item - first_split[c.sequence] * pairs_per_sequence;
-    const int32_t split = place % context.splits;
-    c.kv_head = place / context.splits / a.head_blocks;
-    c.split_end = min(context.end, context.origin + (split + 1) * context.split);
-    c.token = context.origin + split * context.split + warp * kTile;
-    c.table = a.block_tables + sequence.table_offset;
+  const auto enter_sequence = [&](Place& p) {
+    p.info = sequence_at(p.sequence);
+    p.context = context_of(p.info, a.sliding_window);
   };
-  const auto ask_for_blocks = [&](Cursor& c) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t token = min(c.token + 8 * i, c.split_end - 1);
-      c.blocks[i] = c.table[token / a.kv.block_tokens];
+  const auto advance = [&](Place& p) {
+    if (++p.split < p.context.splits) return;
+    p.split = 0;
+    if (++p.pair < pairs_per_sequence) return;
+    p.pair = 0;
+    do ++p.sequence;
+    while (first_split[p.sequence + 1] == first_split[p.sequence]);
+    enter_sequence(p);
+  };
+  const auto kv_head_of = [&](const Place& p) { return a.head_blocks == 1 ? p.pair : p.pair / a.head_blocks; };
+
+  Place place;
+  {
+    int32_t low = 0;  // the last sequence that begins at or before the share; it has splits
+    for (int32_t high = a.count; high - low > 1;) {
+      const int32_t middle = (low + high) / 2;
+      (first_split[middle] * pairs_per_sequence <= item_begin ? low : high) = middle;
     }
+    place.sequence = low;
+    enter_sequence(place);
+    const int32_t inside = item_begin - first_split[low] * pairs_per_sequence;
+    place.pair = inside / place.context.splits;
+    place.split = inside % place.context.splits;
+  }
+
+  const int32_t head_vectors = a.kv.head_dim / 8, row_bytes = a.kv.head_dim * 2;
+  const auto begin_split = [&](Cursor& c) {
+    const Context& context = c.place.context;
+    c.token = context.origin + c.place.split * context.split + warp * kTile;
+    c.split_end = min(context.end, context.origin + (c.place.split + 1) * context.split);
   };
   // To the next tile of this warp in the share; item == item_end when there is none.
   const auto settle = [&](Cursor& c) {
     while (c.token >= c.split_end) {
       if (++c.item == item_end) return;
-      enter(c);
+      advance(c.place);
+      begin_split(c);
     }
-    ask_for_blocks(c);
+    const int32_t kv_head = kv_head_of(c.place);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t token = min(c.token + 8 * i, c.split_end - 1) & ~7;  // eight tokens lie in one block
+      const int32_t index = a.block_shift >= 0 ? token >> a.block_shift : token / a.kv.block_tokens;
+      c.blocks[i] = __ldg(a.block_tables + c.place.info.table_offset + index);
+      c.offsets[i] = (kv_head * a.kv.block_tokens + token - index * a.kv.block_tokens) * row_bytes;
+    }
   };
 
   unsigned char* const ring = shared + warp * S::kStages * S::kStageBytes;
   const uint32_t ring_address = shared_address(ring);
-  const int32_t head_vectors = a.kv.head_dim / 8;
+  const unsigned char* const k_base = a.kv.pool + a.kv.k_offset_bytes;
   const int64_t v_from_k = a.kv.v_offset_bytes - a.kv.k_offset_bytes;
   const auto fetch = [&](Cursor& c, int stage) {
     if (c.item < item_end) {
       const unsigned char* rows[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t place = (c.token + 8 * i) % a.kv.block_tokens;
-        rows[i] = a.kv.pool + c.blocks[i] * a.kv.block_stride_bytes + a.kv.k_offset_bytes +
-                  (c.kv_head * static_cast<int64_t>(a.kv.block_tokens) + place) * (a.kv.head_dim * 2);
-      }
+      for (int i = 0; i < 2; ++i) rows[i] = k_base + c.blocks[i] * a.kv.block_stride_bytes + c.offsets[i];
       const uint32_t stage_address = ring_address + stage * S::kStageBytes;
 #pragma unroll
       for (int i = 0; i < S::kCopies; ++i) {
@@ -218,31 +282,35 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     commit_copies();
   };
 
-  Cursor ahead = {item_begin, sequence_begin, 0, 0, 0, nullptr, {0, 0}};
-  enter(ahead);
+  Cursor ahead;
+  ahead.item = item_begin;
+  ahead.place = place;
+  begin_split(ahead);
   settle(ahead);
+  // Nothing above was written in this step.
+  wait_for_previous();
+  let_next_begin();
 #pragma unroll
   for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(ahead, stage);
   int stage = 0;
 
   uint32_t q[kHeadDim / 16][4];
-  Folded folded[S::kChunks * S::kElements];
-  int32_t sequence_index = sequence_begin;
+  Folded<S> folded;
+  // At merges the thread works on this row and columns of each range.
+  const int merge_row = static_cast<int>(threadIdx.x) / S::kThreadsPerRow;
+  const int merge_column = static_cast<int>(threadIdx.x) % S::kThreadsPerRow * S::kElements;
 
   for (int32_t item = item_begin; item < item_end; ++item) {
-    while (first_split[sequence_index + 1] * pairs_per_sequence <= item) ++sequence_index;
-    const DeviceSequence sequence = a.sequences[sequence_index];
-    const Context context = context_of(sequence, a.sliding_window);
-    const int32_t sequence_item = first_split[sequence_index] * pairs_per_sequence;
-    const int32_t pair = (item - sequence_item) / context.splits, split = (item - sequence_item) % context.splits;
-    const int32_t pair_begin = sequence_item + pair * context.splits, pair_end = pair_begin + context.splits;
+    if (item > item_begin) advance(place);
+    const Context& context = place.context;
+    const int32_t pair_begin = item - place.split, pair_end = pair_begin + context.splits;
     const bool whole = pair_begin >= item_begin && pair_end <= item_end;
-    const int32_t kv_head = pair / a.head_blocks, head_in_group = pair % a.head_blocks * kRows;
-    const int32_t head = kv_head * a.group + head_in_group;
+    const int32_t kv_head = kv_head_of(place), head_in_group = (place.pair - kv_head * a.head_blocks) * kRows;
     const int32_t rows = min(kRows, a.group - head_in_group);
-    const int64_t q_row = (static_cast<int64_t>(sequence.first_row) * a.heads + head) * a.kv.head_dim;
+    const int64_t q_row =
+        (static_cast<int64_t>(place.info.first_row) * a.heads + kv_head * a.group + head_in_group) * a.kv.head_dim;
 
-    if (item == item_begin || item == pair_begin) {
+    if (item == item_begin || place.split == 0) {
       const auto load = [&](int32_t row, int32_t d) -> uint32_t {
         if (row >= rows || d >= a.kv.head_dim) return 0;
         return *reinterpret_cast<const uint32_t*>(a.q + q_row + row * a.kv.head_dim + d);
@@ -255,8 +323,7 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
         q[k][2] = load(lane / 4, d + 8);
         q[k][3] = kRows > 8 ? load(lane / 4 + 8, d + 8) : 0;
       }
-#pragma unroll
-      for (int i = 0; i < S::kChunks * S::kElements; ++i) folded[i] = {kMinusInfinity, 0, 0};
+      folded.clear();
     }
 
     // The warp's own part of the split; of rows lane / 4 and lane / 4 + 8.
@@ -264,8 +331,8 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     float acc[kHeadDim / 8][4];
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
-    const int32_t split_end = min(context.end, context.origin + (split + 1) * context.split);
-    for (int32_t token = context.origin + split * context.split + warp * kTile; token < split_end; token += kTile * kWarps) {
+    const int32_t split_end = min(context.end, context.origin + (place.split + 1) * context.split);
+    for (int32_t token = context.origin + place.split * context.split + warp * kTile; token < split_end; token += kTile * kWarps) {
       wait_copies<S::kStages - 2>();
       __syncwarp();
       const uint32_t k_address = ring_address + stage * S::kStageBytes, v_address = k_address + S::kMatrixBytes;
@@ -294,14 +361,14 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
         top = fmaxf(top, maximum[r]);
-        decay[r] = exp2f(maximum[r] - top);
+        decay[r] = power_of_two(maximum[r] - top);
         maximum[r] = top;
         float part = 0;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float weight = s[n][2 * r + i] > kMinusInfinity ? exp2f(s[n][2 * r + i] - top) : 0.0f;
+            const float weight = s[n][2 * r + i] > kMinusInfinity ? power_of_two(s[n][2 * r + i] - top) : 0.0f;
             s[n][2 * r + i] = weight;
             part += weight;
           }
@@ -339,37 +406,52 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
       if constexpr (kRows > 8) warp_maxima[warp * 16 + lane / 4 + 8] = maximum[1], warp_sums[warp * 16 + lane / 4 + 8] = sum[1];
     }
     const int32_t owner = whole ? 0 : block_of(pair_begin);
-    float* const partial = a.partials + (static_cast<size_t>(owner) * kDecodeMaxSplits + split) * S::kPartialFloats;
+    float* const partial = a.partials + (static_cast<size_t>(owner) * kDecodeMaxSplits + place.split) * S::kPartialFloats;
+    float factors[kWarps], old_factor = 1, new_factor = 1;
 #pragma unroll
     for (int chunk = 0; chunk < S::kChunks; ++chunk) {
       if (chunk > 0) __syncthreads();
 #pragma unroll
       for (int n = 0; n < S::kColumns / 8; ++n) {
         const float(&c)[4] = acc[chunk * S::kColumns / 8 + n];
-        const int row = lane / 4, column = n * 8 + lane % 4 * 2;
-        float* to = merge + (warp * kRows + row) * S::kColumns + column;
-        if (row < kRows) *reinterpret_cast<float2*>(to) = make_float2(c[0], c[1]);
-        if constexpr (kRows > 8) *reinterpret_cast<float2*>(to + 8 * S::kColumns) = make_float2(c[2], c[3]);
+        float* to = merge + (warp * kRows + lane / 4) * S::kMergeStride + n * 8 + lane % 4 * 2;
+        if (lane / 4 < kRows) *reinterpret_cast<float2*>(to) = make_float2(c[0], c[1]);
+        if constexpr (kRows > 8) *reinterpret_cast<float2*>(to + 8 * S::kMergeStride) = make_float2(c[2], c[3]);
       }
       __syncthreads();
+      if (chunk == 0) {
+        float top = kMinusInfinity, total = 0;
 #pragma unroll
-      for (int i = 0; i < S::kElements; ++i) {
-        const int element = i * kDecodeThreads + static_cast<int>(threadIdx.x);
-        const int row = element / S::kColumns, column = element % S::kColumns;
-        Folded part = {kMinusInfinity, 0, 0};
+        for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_maxima[w * 16 + merge_row]);
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          part.fold(warp_maxima[w * 16 + row], warp_sums[w * 16 + row], merge[(w * kRows + row) * S::kColumns + column]);
+          factors[w] = power_of_two(warp_maxima[w * 16 + merge_row] - top);
+          total = __fmaf_rn(warp_sums[w * 16 + merge_row], factors[w], total);
         }
         if (whole) {
-          folded[chunk * S::kElements + i].fold(part.maximum, part.sum, part.value);
-        } else if (row < rows) {
-          partial[row * kHeadDim + chunk * S::kColumns + column] = part.value;
-          if (chunk == 0 && column == 0) {
-            partial[kRows * kHeadDim + row] = part.maximum;
-            partial[kRows * kHeadDim + kRows + row] = part.sum;
-          }
+          const float both = fmaxf(folded.maximum, top);
+          old_factor = power_of_two(folded.maximum - both), new_factor = power_of_two(top - both);
+          folded.maximum = both;
+          folded.fold_sum(total, old_factor, new_factor);
+        } else if (merge_row < rows && merge_column == 0) {
+          partial[kRows * kHeadDim + merge_row] = top;
+          partial[kRows * kHeadDim + kRows + merge_row] = total;
         }
+      }
+      float part[S::kElements] = {};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        float v[S::kElements];
+        load_floats(v, merge + (w * kRows + merge_row) * S::kMergeStride + merge_column, false);
+#pragma unroll
+        for (int e = 0; e < S::kElements; ++e) part[e] = __fmaf_rn(v[e], factors[w], part[e]);
+      }
+      if (whole) {
+        folded.fold_values(chunk, part, old_factor, new_factor);
+      } else if (merge_row < rows) {
+        float* const to = partial + merge_row * kHeadDim + chunk * S::kColumns + merge_column;
+#pragma unroll
+        for (int e = 0; e < S::kElements; ++e) to[e] = part[e];
       }
     }
     __syncthreads();  // before warp_maxima and merge are written again
@@ -384,29 +466,57 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
       }
       __syncthreads();
       if (!last_to_arrive) continue;
+      // Lane s holds the factors of split s for each row of the warp; maxima are exact, so a scan finds the same ones as a fold.
+      static_assert(kDecodeMaxSplits == 32);
       const float* const first = a.partials + static_cast<size_t>(owner) * kDecodeMaxSplits * S::kPartialFloats;
+      float sums[S::kChunks], old_factors[S::kChunks], new_factors[S::kChunks];
 #pragma unroll
-      for (int i = 0; i < S::kChunks * S::kElements; ++i) folded[i] = {kMinusInfinity, 0, 0};
+      for (int j = 0; j < S::kChunks; ++j) {
+        const int row = warp * S::kChunks + j;
+        const bool is_split = lane < context.splits && row < rows;
+        const float* const from = first + lane * S::kPartialFloats + kRows * kHeadDim + row;
+        const float m = is_split ? __ldcg(from) : kMinusInfinity;
+        sums[j] = is_split ? __ldcg(from + kRows) : 0.0f;
+        float top = m;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+          const float other = __shfl_up_sync(kAllLanes, top, step);
+          if (lane >= step) top = fmaxf(top, other);
+        }
+        float before = __shfl_up_sync(kAllLanes, top, 1);
+        if (lane == 0) before = kMinusInfinity;
+        old_factors[j] = power_of_two(before - top);
+        new_factors[j] = power_of_two(m - top);
+      }
+      folded.clear();
+      const float* const columns = first + merge_row * kHeadDim + merge_column;
 #pragma unroll 4
       for (int32_t s = 0; s < context.splits; ++s) {
-        const float* from = first + s * S::kPartialFloats;
+        float l = 0;
 #pragma unroll
-        for (int i = 0; i < S::kChunks * S::kElements; ++i) {
-          const int element = i % S::kElements * kDecodeThreads + static_cast<int>(threadIdx.x);
-          const int row = element / S::kColumns, column = i / S::kElements * S::kColumns + element % S::kColumns;
-          if (row < rows) {
-            folded[i].fold(__ldcg(from + kRows * kHeadDim + row), __ldcg(from + kRows * kHeadDim + kRows + row),
-                           __ldcg(from + row * kHeadDim + column));
-          }
+        for (int j = 0; j < S::kChunks; ++j) {
+          const float l_j = __shfl_sync(kAllLanes, sums[j], s);
+          const float old_j = __shfl_sync(kAllLanes, old_factors[j], s), new_j = __shfl_sync(kAllLanes, new_factors[j], s);
+          if (j == merge_row % S::kChunks) l = l_j, old_factor = old_j, new_factor = new_j;
+        }
+        folded.fold_sum(l, old_factor, new_factor);
+#pragma unroll
+        for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+          float v[S::kElements];
+          load_floats(v, columns + s * S::kPartialFloats + chunk * S::kColumns, true);
+          folded.fold_values(chunk, v, old_factor, new_factor);
         }
       }
     }
+    if (merge_row < rows) {
+      const float inverse = 1.0f / folded.sum;
 #pragma unroll
-    for (int i = 0; i < S::kChunks * S::kElements; ++i) {
-      const int element = i % S::kElements * kDecodeThreads + static_cast<int>(threadIdx.x);
-      const int row = element / S::kColumns, column = i / S::kElements * S::kColumns + element % S::kColumns;
-      if (row < rows && column < a.kv.head_dim) {
-        a.out[q_row + row * a.kv.head_dim + column] = to_bf16(folded[i].value / folded[i].sum);
+      for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+#pragma unroll
+        for (int e = 0; e < S::kElements; ++e) {
+          const int column = chunk * S::kColumns + merge_column + e;
+          if (column < a.kv.head_dim) a.out[q_row + merge_row * a.kv.head_dim + column] = to_bf16(folded.values[chunk][e] * inverse);
+        }
       }
     }
   }

@@ -36,7 +36,8 @@ inline constexpr int kCublasTranspose = 1;
 inline constexpr int kMatmulDescTransposeA = 3;
 inline constexpr int kPreferenceMaxWorkspaceBytes = 1, kPreferenceReductionSchemes = 3;
 inline constexpr int kPreferenceAlignmentA = 5;  // B, C and D follow
-inline constexpr uint32_t kReductionComputeType = 2;
+inline constexpr uint32_t kReductionNone = 0, kReductionComputeType = 2;
+inline constexpr int kAlgorithmId = 0, kAlgorithmSplits = 2;
 
 // name of the member, exported symbol, parameters
 #define BATON_CUBLASLT_FUNCTIONS(X)                                                                                  \
@@ -57,6 +58,8 @@ inline constexpr uint32_t kReductionComputeType = 2;
     (CublasLtHandle handle, CublasLtMatmulDesc desc, CublasLtMatrixLayout a, CublasLtMatrixLayout b,                 \
      CublasLtMatrixLayout c, CublasLtMatrixLayout d, CublasLtPreference preference, int wanted,                      \
      CublasLtHeuristic* results, int* found))                                                                        \
+  X(algorithm_config, cublasLtMatmulAlgoConfigGetAttribute,                                                          \
+    (const CublasLtAlgorithm* algorithm, int attribute, void* value, size_t bytes, size_t* written))                 \
   X(matmul, cublasLtMatmul,                                                                                          \
     (CublasLtHandle handle, CublasLtMatmulDesc desc, const void* alpha, const void* a, CublasLtMatrixLayout a_layout, \
      const void* b, CublasLtMatrixLayout b_layout, const void* beta, const void* c, CublasLtMatrixLayout c_layout,   \

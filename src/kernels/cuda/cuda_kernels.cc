@@ -7,7 +7,9 @@
 
 #include "base/check.h"
 #include "kernels/cuda/kernel_arguments.h"
+#include "kernels/cuda/kernel_module.h"
 #include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/sample_arguments.h"
 
 
 namespace baton::cuda {
@@ -39,39 +41,6 @@ unsigned blocks_for(int64_t units, int64_t each) {
   return static_cast<unsigned>(blocks);
 }
 
-class Module {
- public:
-  static Result<Module> load(std::shared_ptr<const Gpu> gpu, const void* image, const char* what) {
-    CurrentDevice current(*gpu);
-    Module module;
-    BATON_RETURN_IF_ERROR(gpu->driver().check(gpu->driver().module_load(&module.module_, image),
-                                              fmt::format("loading the {} kernels on {}", what, gpu->name())));
-    module.gpu_ = std::move(gpu);
-    return module;
-  }
-  Module() = default;
-  Module(Module&& other) noexcept { *this = std::move(other); }
-  Module& operator=(Module&& other) noexcept {
-    std::swap(gpu_, other.gpu_);
-    std::swap(module_, other.module_);
-    return *this;
-  }
-  ~Module() {
-    if (gpu_ == nullptr) return;
-    CurrentDevice current(*gpu_);
-    (void)gpu_->driver().module_unload(module_);
-  }
-
-  Status find(const std::string& name, CUfunction* function) const {
-    return gpu_->driver().check(gpu_->driver().module_function(function, module_, name.c_str()),
-                                fmt::format("cuModuleGetFunction of {}", name));
-  }
-
- private:
-  std::shared_ptr<const Gpu> gpu_;
-  CUmodule module_ = nullptr;
-};
-
 constexpr int32_t kDecodeHeadDims[] = {32, 64, 96, 128, 256};
 constexpr int32_t kDecodeRows[] = {4, 8, 16};
 
@@ -80,37 +49,32 @@ class CudaKernelsImpl final : public CudaKernels {
   explicit CudaKernelsImpl(std::shared_ptr<const Gpu> gpu) : gpu_(std::move(gpu)) {}
 
   Status init() {
-    const Driver& cu = gpu_->driver();
-    if (!cu.can_compute) {
-      return unimplemented("the CUDA driver (version {}) lacks what computing needs; 11.4 or newer has it", cu.version);
-    }
-    CUdevice device = 0;
-    int major = 0, minor = 0;
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&major, kAttributeComputeMajor, device), "cuDeviceGetAttribute"));
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&minor, kAttributeComputeMinor, device), "cuDeviceGetAttribute"));
-    if (major < 8) return unimplemented("{} is sm_{}{}; computing needs sm_80 or newer", gpu_->name(), major, minor);
+    BATON_ASSIGN_OR_RETURN(const ComputeCapability capability, compute_capability(*gpu_));
     if (!kHasKernels) {
       return unimplemented("this build has no CUDA kernels (nvcc was not found when it was built)");
     }
-    name_ = fmt::format("cuda/sm_{}{} ({})", major, minor, gpu_->name());
-    BATON_ASSIGN_OR_RETURN(step_, Module::load(gpu_, step_image(), "step"));
-    BATON_ASSIGN_OR_RETURN(decode_module_, Module::load(gpu_, decode_image(), "attention"));
+    name_ = fmt::format("cuda/sm_{}{} ({})", capability.major, capability.minor, gpu_->name());
+    team_ = capability.has_clusters() ? kTeamBlocks : 1;
+    BATON_ASSIGN_OR_RETURN(step_, KernelModule::load(gpu_, step_image(), "step"));
+    BATON_ASSIGN_OR_RETURN(decode_module_, KernelModule::load(gpu_, decode_image(), "attention"));
+    const Driver& cu = gpu_->driver();
+    CUdevice device = 0;
     int shared_bytes = 0;
+    BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
     BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&shared_bytes, kAttributeSharedBytesOptIn, device), "cuDeviceGetAttribute"));
     CurrentDevice current(*gpu_);
     for (const auto& [name, function] :
          {std::pair("baton_embed", &embed_), {"baton_rms_norm", &rms_norm_}, {"baton_qkv_rope_kv_write", &qkv_},
           {"baton_silu_mul", &silu_mul_}, {"baton_add_bias", &add_bias_}, {"baton_gather_rows", &gather_rows_},
           {"baton_argmax", &argmax_}}) {
-      BATON_RETURN_IF_ERROR(step_.find(name, function));
+      BATON_ASSIGN_OR_RETURN(*function, step_.find(name));
     }
     for (size_t d = 0; d < std::size(kDecodeHeadDims); ++d) {
       for (size_t r = 0; r < std::size(kDecodeRows); ++r) {
         CUfunction& function = decode_[d][r];
-        BATON_RETURN_IF_ERROR(
-            decode_module_.find(fmt::format("baton_attention_decode_{}_{}", kDecodeHeadDims[d], kDecodeRows[r]), &function));
-        const size_t bytes = decode_shared_bytes(kDecodeHeadDims[d], kDecodeMaxSequences);
+        BATON_ASSIGN_OR_RETURN(
+            function, decode_module_.find(fmt::format("baton_attention_decode_{}_{}", kDecodeHeadDims[d], kDecodeRows[r])));
+        const size_t bytes = decode_shared_bytes(kDecodeHeadDims[d], kDecodeRows[r], kDecodeMaxSequences);
         if (bytes + 1024 > static_cast<size_t>(shared_bytes)) {  // validate_attention_shape tells
           function = nullptr;
           continue;
@@ -150,7 +114,7 @@ class CudaKernelsImpl final : public CudaKernels {
   Status embed(CUstream stream, const StepView& step, const bf16* table, int64_t hidden, float* x) override {
     BATON_CHECK(hidden > 0 && hidden % 8 == 0) << "hidden " << hidden;
     if (step.rows == 0) return Status();
-    return launch(embed_, "embed", static_cast<unsigned>(step.rows), 1, row_threads(hidden / 8, 256), 0, stream, step,
+    return launch(embed_, "embed", static_cast<unsigned>(step.rows), row_threads(hidden / 8, 256), 0, stream, step,
                   raw(table), hidden, x);
   }
 
@@ -158,7 +122,7 @@ class CudaKernelsImpl final : public CudaKernels {
                   bf16* out) override {
     BATON_CHECK(hidden > 0 && hidden % 8 == 0) << "hidden " << hidden;
     if (rows == 0) return Status();
-    return launch(rms_norm_, "rms_norm", blocks_for(rows, 1), 1, row_threads(hidden / 4, 1024), 0, stream, x, hidden, weight,
+    return launch(rms_norm_, "rms_norm", blocks_for(rows, 1), row_threads(hidden / 16, 1024), 0, stream, x, hidden, weight,
                   eps, raw(out));
   }
 
@@ -181,7 +145,7 @@ class CudaKernelsImpl final : public CudaKernels {
     a.threads_per_head = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(kv.head_dim / 8)));
     const int64_t units = static_cast<int64_t>(step.rows) * (args.heads + 2 * kv.kv_heads) * a.threads_per_head;
     const unsigned threads = units <= 8192 ? 64 : 256;  // few rows: over as many multiprocessors as possible
-    return launch(qkv_, "qkv_rope_kv_write", blocks_for(units, threads), 1, threads, 0, stream, a);
+    return launch(qkv_, "qkv_rope_kv_write", blocks_for(units, threads), threads, 0, stream, a);
   }
 
   Status attention_decode(CUstream stream, const StepView& step, int32_t first, int32_t count, const Attention& args,
@@ -202,6 +166,8 @@ class CudaKernelsImpl final : public CudaKernels {
     a.head_blocks = (a.group + rows - 1) / rows;
     a.scale_log2 = args.scale * std::numbers::log2e_v<float>;
     a.sliding_window = args.sliding_window;
+    const auto block_tokens = static_cast<uint32_t>(kv.block_tokens);
+    a.block_shift = std::has_single_bit(block_tokens) ? std::countr_zero(block_tokens) : -1;
     const CUfunction function = decode_function(a.group, kv.head_dim);
     BATON_CHECK(function != nullptr) << "head_dim " << kv.head_dim << " was not validated";
     for (; count > 0; first += kDecodeMaxSequences, count -= kDecodeMaxSequences) {
@@ -209,8 +175,8 @@ class CudaKernelsImpl final : public CudaKernels {
       a.count = std::min(count, kDecodeMaxSequences);
       const int64_t most = static_cast<int64_t>(a.count) * kv.kv_heads * a.head_blocks * kDecodeMaxSplits;
       const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, decode_blocks_));
-      BATON_RETURN_IF_ERROR(launch(function, "attention_decode", blocks, 1, kDecodeThreads,
-                                   static_cast<unsigned>(decode_shared_bytes(padded, a.count)), stream, a));
+      BATON_RETURN_IF_ERROR(launch(function, "attention_decode", blocks, kDecodeThreads,
+                                   static_cast<unsigned>(decode_shared_bytes(padded, rows, a.count)), stream, a));
     }
     return Status();
   }
@@ -238,13 +204,13 @@ class CudaKernelsImpl final : public CudaKernels {
     if (rows == 0) return Status();
     const int64_t units = rows * (inter / 8);
     const unsigned threads = units <= 16384 ? 64 : 256;
-    return launch(silu_mul_, "silu_mul", blocks_for(units, threads), 1, threads, 0, stream, raw(gate_up), bias, rows, inter, raw(out));
+    return launch(silu_mul_, "silu_mul", blocks_for(units, threads), threads, 0, stream, raw(gate_up), bias, rows, inter, raw(out));
   }
 
   Status add_bias(CUstream stream, float* x, int64_t rows, int64_t width, const float* bias) override {
     BATON_CHECK(width > 0 && width % 4 == 0) << "width " << width;
     if (rows == 0) return Status();
-    return launch(add_bias_, "add_bias", blocks_for(rows * (width / 4), 256), 1, 256, 0, stream, x, rows, width, bias);
+    return launch(add_bias_, "add_bias", blocks_for(rows * (width / 4), 256), 256, 0, stream, x, rows, width, bias);
   }
 
   Status gather_rows(CUstream stream, const void* from, int64_t row_bytes, const int32_t* index, int64_t rows,
@@ -252,13 +218,14 @@ class CudaKernelsImpl final : public CudaKernels {
     BATON_CHECK(row_bytes > 0 && row_bytes % 16 == 0) << "rows of " << row_bytes << " bytes";
     if (rows == 0) return Status();
     const int64_t vectors = row_bytes / 16;
-    return launch(gather_rows_, "gather_rows", blocks_for(rows, 1), 1, row_threads(vectors, 256), 0, stream, from, vectors, index, to);
+    return launch(gather_rows_, "gather_rows", blocks_for(rows, 1), row_threads(vectors, 256), 0, stream, from, vectors, index, to);
   }
 
   Status argmax(CUstream stream, const float* logits, int64_t rows, int64_t vocab, int32_t* tokens) override {
     BATON_CHECK(vocab > 0 && vocab <= INT32_MAX) << "vocab " << vocab;
     if (rows == 0) return Status();
-    return launch(argmax_, "argmax", blocks_for(rows, 1), 1, row_threads(vocab / 4, 1024), 0, stream, logits, vocab, tokens);
+    const auto team = static_cast<unsigned>(team_);
+    return launch_kernel(*gpu_, argmax_, "argmax", {blocks_for(rows * team_, 1), kSampleThreads, 0, team}, stream, logits, vocab, tokens);
   }
 
  private:
@@ -274,22 +241,19 @@ class CudaKernelsImpl final : public CudaKernels {
   }
 
   template <typename... Arguments>
-  Status launch(CUfunction function, const char* what, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared_bytes,
-                CUstream stream, Arguments... arguments) {
-    CurrentDevice current(*gpu_);
-    void* parameters[] = {&arguments...};
-    const Driver& cu = gpu_->driver();
-    const CUresult result = cu.launch(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, parameters, nullptr);
-    return result == kSuccess ? Status() : cu.check(result, fmt::format("launching {} on {}", what, gpu_->name()));
+  Status launch(CUfunction function, const char* what, unsigned blocks, unsigned threads, unsigned shared_bytes, CUstream stream,
+                Arguments... arguments) {
+    return launch_kernel(*gpu_, function, what, {blocks, threads, shared_bytes, 1}, stream, arguments...);
   }
 
   const std::shared_ptr<const Gpu> gpu_;
   std::string name_;
-  Module step_, decode_module_;
+  KernelModule step_, decode_module_;
   CUfunction embed_ = nullptr, rms_norm_ = nullptr, qkv_ = nullptr, silu_mul_ = nullptr, add_bias_ = nullptr,
              gather_rows_ = nullptr, argmax_ = nullptr;
   CUfunction decode_[std::size(kDecodeHeadDims)][std::size(kDecodeRows)] = {};
   int32_t decode_blocks_ = 0;
+  int32_t team_ = 1;  // blocks that share a row of logits
   DeviceMemory arrivals_;
   std::unique_ptr<PrefillAttention> prefill_;
 };

@@ -30,23 +30,27 @@ void check_shape(const LinearShape& shape) {
 
 class Linear final : public CudaLinear {
  public:
-  /// Up to `few_rows` rows by kernels of our own.
-  Linear(std::unique_ptr<Gemv> gemv, std::unique_ptr<LibraryProduct> library, int64_t few_rows)
-      : gemv_(std::move(gemv)), library_(std::move(library)), few_rows_(few_rows) {}
+  Linear(std::unique_ptr<Gemv> gemv, std::unique_ptr<LibraryProduct> library, bool batch_invariant)
+      : gemv_(std::move(gemv)), library_(std::move(library)), gemv_rows_(batch_invariant ? 0 : kFewRows) {}
 
   Status prepare(const LinearShape& shape) override {
     check_shape(shape);
-    return shape.rows <= few_rows_ ? Status() : library_->prepare(shape);
+    return shape.rows <= gemv_rows_ ? Status() : library_->prepare(shape);
+  }
+
+  Status tune(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) override {
+    check_shape(shape);
+    return library_->tune(stream, shape, x, weight, y);
   }
 
   Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y) override {
     check_shape(shape);
-    if (shape.rows > few_rows_) return library_->product(stream, shape, x, weight, y);
+    if (shape.rows > gemv_rows_) return library_->product(stream, shape, x, weight, y);
     return gemv_->launch(stream, arguments(shape, x, weight, y));
   }
 
   bool supports_fused(const LinearShape& shape) const override {
-    return shape.rows <= few_rows_ && shape.in_features <= Gemv::kMaxNormedInputs;
+    return shape.rows <= gemv_rows_ && shape.in_features <= Gemv::kMaxNormedInputs;
   }
 
   Status normed_product(CUstream stream, const LinearShape& shape, const NormedInput& input, const bf16* weight,
@@ -86,19 +90,19 @@ class Linear final : public CudaLinear {
 
   const std::unique_ptr<Gemv> gemv_;
   const std::unique_ptr<LibraryProduct> library_;
-  const int64_t few_rows_;
+  const int64_t gemv_rows_;
 };
 
 }  // namespace
 
 Result<std::unique_ptr<CudaLinear>> CudaLinear::create(std::shared_ptr<const Gpu> gpu, const std::string& library,
-                                                       bool batch_invariant) {
+                                                               bool batch_invariant) {
   if (!gpu->driver().can_compute) {
     return unavailable("the CUDA driver is too old to compute with (12.0 or newer is needed)");
   }
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Gemv> gemv, Gemv::create(gpu));
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<LibraryProduct> product, LibraryProduct::create(std::move(gpu), library, batch_invariant));
-  return std::unique_ptr<CudaLinear>(std::make_unique<Linear>(std::move(gemv), std::move(product), batch_invariant ? 0 : CudaLinear::kFewRows));
+  return std::unique_ptr<CudaLinear>(std::make_unique<Linear>(std::move(gemv), std::move(product), batch_invariant));
 }
 
 }  // namespace baton::cuda

@@ -25,4 +25,18 @@ __device__ __forceinline__ float group_sum(float value, int width) {
   return value;
 }
 
+/// Programmatic dependent launch: what comes next on the stream may be set up from here on. What it reads before its own
+/// wait_for_previous() must not be what a kernel of this step writes.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Until everything that was launched before is done and visible. Every kernel calls it, so "before" reaches all the way back.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace baton::cuda

@@ -39,13 +39,14 @@ struct DecodeArguments {
   int32_t head_blocks;  // ceil(group / rows)
   float scale_log2;
   int32_t sliding_window;
+  int32_t block_shift;  // log2 of kv.block_tokens; -1: not a power of two
 };
 
 inline constexpr int32_t kDecodeThreads = 128;
 inline constexpr int32_t kDecodeTileTokens = 16;    // of a warp
 inline constexpr int32_t kDecodeSplitTokens = 128;  // the shortest split
 inline constexpr int32_t kDecodeMaxSplits = 32;
-inline constexpr int32_t kDecodeMaxSequences = 512;  // of one launch
+inline constexpr int32_t kDecodeMaxSequences = 256;  // of one launch
 
 /// Head dimensions that the kernel is compiled for; others are padded with zeros on their way into shared memory.
 constexpr int32_t decode_padded_head_dim(int32_t head_dim) {
@@ -58,12 +59,13 @@ constexpr size_t decode_partial_floats(int32_t padded_head_dim, int32_t rows) {
 }
 /// Tiles of a warp in shared memory. Two blocks fit on a multiprocessor of an H100, one on an A100's.
 constexpr int32_t decode_stages(int32_t padded_head_dim) { return padded_head_dim > 128 ? 2 : 3; }
-constexpr size_t decode_shared_bytes(int32_t padded_head_dim, int32_t max_sequences) {
+constexpr size_t decode_shared_bytes(int32_t padded_head_dim, int32_t rows, int32_t max_sequences) {
   const size_t warps = kDecodeThreads / 32;
   const size_t stage = size_t{2} * kDecodeTileTokens * static_cast<size_t>(padded_head_dim + 8) * 2;
-  const size_t merge = warps * 4 * static_cast<size_t>(padded_head_dim) * 4;  // rows * columns is 4 * head_dim always
+  const size_t merge = warps * (4 * static_cast<size_t>(padded_head_dim) + 8 * static_cast<size_t>(rows)) * 4;
   const size_t sums = warps * 16 * 2 * 4;
-  return warps * static_cast<size_t>(decode_stages(padded_head_dim)) * stage + merge + sums + (static_cast<size_t>(max_sequences) + 1) * 4;
+  return warps * static_cast<size_t>(decode_stages(padded_head_dim)) * stage + merge + sums +
+         (static_cast<size_t>(max_sequences) + 1) * 4;
 }
 
 }  // namespace baton::cuda

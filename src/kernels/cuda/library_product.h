@@ -5,6 +5,7 @@
 #include <memory>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "base/cuda/gpu.h"
 #include "kernels/cuda/cublaslt_library.h"
@@ -14,14 +15,19 @@
 namespace baton::cuda {
 
 /// Products by cuBLASLt: one choice of algorithm per shape, kept; one workspace per stream. One thread at a time.
+///
+/// Algorithms of one family that don't split a sum over thread blocks give a row the same bits, whatever their tiles and
+/// however many rows there are (measured on an H200 for 1 to 8,192 rows, and what cuda_linear_test holds). Above
+/// CudaLinear::kMaxSplitRows rows, or with `batch_invariant` always, no others are used.
 class LibraryProduct {
  public:
-  /// `batch_invariant` as in CudaLinear::create().
   static Result<std::unique_ptr<LibraryProduct>> create(std::shared_ptr<const Gpu> gpu, const std::string& library,
-                                                        bool batch_invariant);
+                                                        bool batch_invariant = false);
   ~LibraryProduct();
 
   Status prepare(const LinearShape& shape);
+  /// As CudaLinear::tune.
+  Status tune(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y);
   Status product(CUstream stream, const LinearShape& shape, const bf16* x, const bf16* weight, void* y);
 
  private:
@@ -36,24 +42,31 @@ class LibraryProduct {
       }
     }
 
-    /// Layouts of x and y for another number of rows.
-    Status set_rows(const LinearShape& shape);
-
     const std::shared_ptr<const CublasLt> lt;
     CublasLtMatmulDesc desc = nullptr;
     CublasLtMatrixLayout weight = nullptr, x = nullptr, y = nullptr;
     CublasLtAlgorithm algorithm{};
+    bool tuned = false;
   };
   using Key = std::tuple<int64_t, int64_t, int64_t, LinearOutput>;
 
   LibraryProduct(std::shared_ptr<const Gpu> gpu, std::shared_ptr<const CublasLt> library, bool batch_invariant);
-  Result<const Plan*> find_plan(const LinearShape& shape);
-  Result<std::unique_ptr<Plan>> make_plan(const LinearShape& shape) const;
+  bool may_split(const LinearShape& shape) const;
+  Result<Plan*> find_plan(const LinearShape& shape);
+  Result<std::unique_ptr<Plan>> make_plan(const LinearShape& shape);
+  Status describe(const LinearShape& shape, Plan& plan) const;
+  Result<std::vector<CublasLtHeuristic>> candidates(const LinearShape& shape, const Plan& plan, int wanted) const;
+  /// Those of one family that split no sum; where there are none, and not batch_invariant, what there is.
+  Result<std::vector<CublasLtHeuristic>> unsplit_candidates(const LinearShape& shape, const Plan& plan);
+  Result<int> find_family(const LinearShape& shape);
+  Status run(CUstream stream, const LinearShape& shape, const Plan& plan, const CublasLtAlgorithm& algorithm, const bf16* x,
+             const bf16* weight, void* y);
 
   const std::shared_ptr<const Gpu> gpu_;
   const std::shared_ptr<const CublasLt> library_;
   const bool batch_invariant_;
   CublasLtHandle handle_ = nullptr;
+  std::map<std::tuple<int64_t, int64_t, LinearOutput>, int> families_;
   std::map<Key, std::unique_ptr<Plan>> plans_;
   StreamWorkspaces workspaces_;
 };

@@ -23,16 +23,14 @@ struct PrefillArguments {
 /// The widths that a kernel is compiled for; a head is computed by the narrowest that it fits into.
 inline constexpr int32_t kPrefillWidths[] = {32, 64, 96, 128, 192, 256};
 
-/// Query tokens, warps and dynamic shared memory of the kernel for a width.
+/// Query tokens, threads, keys of a tile and dynamic shared memory of the kernel for a width. A warp has 16 or 32 rows.
 constexpr int32_t prefill_rows(int32_t width) { return width <= 128 ? 128 : 64; }
-constexpr int32_t prefill_threads(int32_t width) { return prefill_rows(width) * 2; }
+inline constexpr int32_t kPrefillThreads = 128;
 constexpr int32_t prefill_keys(int32_t width) { return width <= 128 ? 64 : 32; }
 /// Of a row in shared memory, in elements: an odd number of 16-byte words, so that eight rows' words lie in different banks.
 constexpr int32_t prefill_stride(int32_t width) { return width + 8; }
-/// Q stays in registers where these suffice.
-constexpr bool prefill_q_in_registers(int32_t width) { return width <= 128; }
 constexpr int32_t prefill_shared_bytes(int32_t width) {
-  return ((prefill_q_in_registers(width) ? 0 : prefill_rows(width)) + 4 * prefill_keys(width)) * prefill_stride(width) * 2;
+  return (prefill_rows(width) + 2 * prefill_keys(width)) * prefill_stride(width) * 2;
 }
 
 /// A CUtensorMap: how the copy engine finds boxes of a tensor.

@@ -119,7 +119,7 @@ class PagedPrefill final : public PrefillAttention {
     }
     const size_t index = width_index(kPrefillWidths, kv.head_dim);
     const int32_t width = kPrefillWidths[index];
-    return launch_kernel(portable_.functions[index], count * args.heads, prefill_threads(width), prefill_shared_bytes(width),
+    return launch_kernel(portable_.functions[index], count * args.heads, kPrefillThreads, prefill_shared_bytes(width),
                          stream, &arguments);
   }
 

@@ -1,12 +1,12 @@
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/kernel_arguments.h"
+#include "kernels/cuda/row_team.cuh"
+#include "kernels/cuda/sample_arguments.h"
 
 /// The element-wise and row-wise operations of a step. All of them move memory and little else: 16-byte accesses, one
 /// pass where the row fits into registers, sums in an order that depends on the width of a row only.
 namespace baton::cuda {
 namespace {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ void store_bf16x8(uint16_t* to, const float (&v)[8]) {
   *reinterpret_cast<uint4*>(to) =
@@ -35,6 +35,8 @@ constexpr int kRowVectors = 4;  // float4 of a row that a thread keeps
 }  // namespace
 
 extern "C" __global__ void baton_embed(StepView step, const uint16_t* table, int64_t hidden, float* x) {
+  wait_for_previous();
+  let_next_begin();
   const int32_t token = step.tokens[blockIdx.x];
   float4* to = reinterpret_cast<float4*>(x + blockIdx.x * hidden);
   for (int64_t i = threadIdx.x; i < hidden / 8; i += blockDim.x) {
@@ -47,6 +49,8 @@ extern "C" __global__ void baton_embed(StepView step, const uint16_t* table, int
 
 extern "C" __global__ void __launch_bounds__(1024)
     baton_rms_norm(const float* x, int64_t hidden, const float* weight, float eps, uint16_t* out) {
+  wait_for_previous();
+  let_next_begin();
   const float4* from = reinterpret_cast<const float4*>(x + blockIdx.x * hidden);
   const float4* scales = reinterpret_cast<const float4*>(weight);
   uint2* to = reinterpret_cast<uint2*>(out + blockIdx.x * hidden);
@@ -80,6 +84,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 /// threads_per_head neighbouring lanes work on one head of one row; each has 4 elements of the first half and the 4 of
 /// the second that they are rotated with.
 extern "C" __global__ void __launch_bounds__(256) baton_qkv_rope_kv_write(const __grid_constant__ QkvRopeArguments a) {
+  wait_for_previous();
+  let_next_begin();
   const int32_t head_dim = a.kv.head_dim, half = head_dim / 2, all_heads = a.heads + 2 * a.kv.kv_heads;
   const int64_t unit = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / a.threads_per_head;
   const int64_t row = unit / all_heads;
@@ -140,6 +146,8 @@ extern "C" __global__ void __launch_bounds__(256) baton_qkv_rope_kv_write(const 
 
 extern "C" __global__ void __launch_bounds__(256)
     baton_silu_mul(const uint16_t* gate_up, const float* bias, int64_t rows, int64_t inter, uint16_t* out) {
+  wait_for_previous();
+  let_next_begin();
   const int64_t vectors = inter / 8;
   const int64_t unit = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (unit >= rows * vectors) return;
@@ -157,6 +165,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256) baton_add_bias(float* x, int64_t rows, int64_t width, const float* bias) {
+  wait_for_previous();
+  let_next_begin();
   const int64_t vectors = width / 4;
   const int64_t unit = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (unit >= rows * vectors) return;
@@ -168,58 +178,25 @@ extern "C" __global__ void __launch_bounds__(256) baton_add_bias(float* x, int64
 
 extern "C" __global__ void __launch_bounds__(256)
     baton_gather_rows(const uint4* from, int64_t row_vectors, const int32_t* index, uint4* to) {
+  wait_for_previous();
+  let_next_begin();
   const int32_t row = index[blockIdx.x];
   for (int64_t i = threadIdx.x; i < row_vectors; i += blockDim.x) {
     to[blockIdx.x * row_vectors + i] = row >= 0 ? from[row * row_vectors + i] : make_uint4(0, 0, 0, 0);
   }
 }
 
-namespace {
-
-/// Larger is better; of equals the earlier. A NaN or +infinity is best of all, and is remembered as such.
-struct Best {
-  float value;
-  int32_t index;
-  __device__ __forceinline__ void take(float v, int32_t i) {
-    if (!(v <= 3.402823466e38f)) v = __int_as_float(0x7f800000);
-    if (v > value || (v == value && i < index)) value = v, index = i;
+extern "C" __global__ void __launch_bounds__(kSampleThreads) baton_argmax(const float* logits, int64_t vocab, int32_t* tokens) {
+  __shared__ uint64_t slots[33];
+  wait_for_previous();
+  let_next_begin();
+  const int64_t row = blockIdx.x / team_size(), each = (vocab + team_size() - 1) / team_size();
+  const int64_t begin = min(vocab, team_rank() * each);
+  const uint64_t best = team_best(logits + row * vocab, begin, min(vocab, begin + each), slots);
+  if (team_rank() == 0 && threadIdx.x == 0) {
+    tokens[row] = ranked_value(best) == __int_as_float(0x7f800000) ? kSampleNotFinite : static_cast<int32_t>(ranked_index(best));
   }
-};
-
-__device__ __forceinline__ Best warp_best(Best best) {
-  for (int step = 16; step > 0; step /= 2) {
-    const float value = __shfl_xor_sync(kAllLanes, best.value, step);
-    const int32_t index = __shfl_xor_sync(kAllLanes, best.index, step);
-    if (value > best.value || (value == best.value && index < best.index)) best = {value, index};
-  }
-  return best;
-}
-
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(1024) baton_argmax(const float* logits, int64_t vocab, int32_t* tokens) {
-  __shared__ Best bests[32];
-  const float* row = logits + blockIdx.x * vocab;
-  Best best = {-__int_as_float(0x7f800000), 0x7fffffff};
-  // Rows of an odd width begin anywhere: up to three elements come before the first aligned one.
-  const int64_t head = min(vocab, static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / 4));
-  const int64_t vectors = (vocab - head) / 4;
-  const float4* aligned = reinterpret_cast<const float4*>(row + head);
-  if (threadIdx.x < head) best.take(row[threadIdx.x], static_cast<int32_t>(threadIdx.x));
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-    const float4 v = aligned[i];
-    const int32_t at = static_cast<int32_t>(head + 4 * i);
-    best.take(v.x, at), best.take(v.y, at + 1), best.take(v.z, at + 2), best.take(v.w, at + 3);
-  }
-  for (int64_t i = head + 4 * vectors + threadIdx.x; i < vocab; i += blockDim.x) best.take(row[i], static_cast<int32_t>(i));
-  best = warp_best(best);
-  if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  best = threadIdx.x < blockDim.x / 32 ? bests[threadIdx.x] : Best{-__int_as_float(0x7f800000), 0x7fffffff};
-  best = warp_best(best);
-  if (threadIdx.x == 0) tokens[blockIdx.x] = best.value == __int_as_float(0x7f800000) ? -1 : best.index;
+  team_sync();  // others may still read this block's shared memory
 }
 
 }  // namespace baton::cuda

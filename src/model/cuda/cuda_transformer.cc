@@ -96,11 +96,27 @@ Status CudaTransformer::prepare(const BatchLimits& limits) {
   const int64_t tile = parts_.kernels->prefill_tile_tokens(config_.heads, config_.kv_heads, config_.head_dim);
   const int64_t blocks = (limits.sequence_tokens + limits.block_tokens - 1) / limits.block_tokens;
   const int64_t sequences = std::min(limits.sequences, limits.rows);
-  return reserve({.rows = limits.rows,
-                  .sequences = sequences,
-                  .logit_rows = sequences,
-                  .table_entries = sequences * blocks,
-                  .tiles = limits.rows / tile + sequences});
+  BATON_RETURN_IF_ERROR(reserve({.rows = limits.rows,
+                                 .sequences = sequences,
+                                 .logit_rows = sequences,
+                                 .table_entries = sequences * blocks,
+                                 .tiles = limits.rows / tile + sequences}));
+  return tune_largest_step();
+}
+
+/// The step that every long prompt is cut into: its products are worth half a second of the start.
+Status CudaTransformer::tune_largest_step() {
+  constexpr int64_t kLeastRows = 512;
+  if (capacity_.rows < kLeastRows) return {};
+  CurrentDevice current(*parts_.gpu);
+  const CudaLayer& layer = parts_.weights.layers.front();
+  const auto tune = [&](const CudaMatrix& weight, LinearOutput output, const bf16* x, void* y) {
+    return parts_.linear->tune(stream_, {capacity_.rows, weight.out_features, weight.in_features, output}, x, weight.data, y);
+  };
+  BATON_RETURN_IF_ERROR(tune(layer.qkv.weight, LinearOutput::kBf16, work_.normed, work_.qkv));
+  BATON_RETURN_IF_ERROR(tune(layer.o.weight, LinearOutput::kAddFloat, work_.attended, work_.x));
+  BATON_RETURN_IF_ERROR(tune(layer.gate_up.weight, LinearOutput::kBf16, work_.normed, work_.gate_up));
+  return tune(layer.down.weight, LinearOutput::kAddFloat, work_.act, work_.x);
 }
 
 Status CudaTransformer::reserve(const StepCapacity& needed) {

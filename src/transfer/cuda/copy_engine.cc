@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstddef>
 #include <cstring>
 
 #include "base/check.h"
@@ -57,8 +58,13 @@ std::atomic_ref<uint64_t> CopyEngine::flag(uint32_t stream) const {
   return std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(host_.data() + stream * kFlagStride));
 }
 
-Piece* CopyEngine::list(uint32_t stream, uint32_t slot) const {
-  return reinterpret_cast<Piece*>(host_.data() + kListsOffset) + (stream * kLists + slot) * kListEntries;
+std::byte* CopyEngine::take_list(Stream& stream, uint32_t index, uint64_t* address) {
+  const auto slot = static_cast<uint32_t>((stream.started + 1) % kLists);
+  if (stream.list_users[slot] > finished(index)) return nullptr;
+  stream.list_users[slot] = stream.started + 1;
+  const size_t offset = kListsOffset + (index * kLists + slot) * kListEntries * sizeof(Piece);
+  *address = host_.address() + offset;
+  return host_.data() + offset;
 }
 
 uint64_t CopyEngine::finished(uint32_t stream) const { return flag(stream).load(std::memory_order_acquire); }
@@ -109,12 +115,10 @@ Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, 
   Stream& stream = streams_[index];
   Piece* to = arguments.inline_pieces;
   arguments.pieces = 0;
+  arguments.block_bytes = 0;
   if (entries > kInlinePieces) {
-    auto slot = static_cast<uint32_t>((stream.started + 1) % kLists);
-    if (stream.list_users[slot] > finished(index)) return std::optional<Ticket>();
-    stream.list_users[slot] = stream.started + 1;
-    to = list(index, slot);
-    arguments.pieces = host_.address() + static_cast<uint64_t>(reinterpret_cast<std::byte*>(to) - host_.data());
+    to = reinterpret_cast<Piece*>(take_list(stream, index, &arguments.pieces));
+    if (to == nullptr) return std::optional<Ticket>();
   }
   for (const Segment& piece : pieces) {
     for (uint64_t at = 0; at < piece.bytes; at += kMaxPieceBytes) {
@@ -130,6 +134,34 @@ Result<std::optional<CopyEngine::Ticket>> CopyEngine::start(CUdeviceptr source, 
     BATON_RETURN_IF_ERROR(copy(stream, last));
     BATON_RETURN_IF_ERROR(launch_empty(stream, index));
   }
+  next_stream_ = (next_stream_ + 1) % kStreams;
+  return std::optional<Ticket>(Ticket{index, stream.started});
+}
+
+Result<std::optional<CopyEngine::Ticket>> CopyEngine::start_blocks(CUdeviceptr source, CUdeviceptr target,
+                                                                   std::span<const BlockPair> blocks,
+                                                                   const BlockRange& range, bool within_device) {
+  static_assert(sizeof(BlockPair) == sizeof(BlockIds) && offsetof(BlockPair, remote_block) == offsetof(BlockIds, target));
+  BATON_CHECK(blocks.size() <= kMaxListPieces) << blocks.size() << " blocks";
+  CopyArguments arguments;
+  arguments.source = source + range.offset_bytes;
+  arguments.target = target + range.offset_bytes;
+  arguments.source_stride = range.local_stride_bytes;
+  arguments.target_stride = range.remote_stride_bytes;
+  arguments.block_bytes = range.length_bytes;
+  arguments.piece_count = static_cast<uint32_t>(blocks.size());
+  arguments.pieces = 0;
+  uint32_t index = next_stream_;
+  Stream& stream = streams_[index];
+  auto* to = reinterpret_cast<std::byte*>(arguments.inline_blocks);
+  if (blocks.size() > kInlineBlocks) {
+    to = take_list(stream, index, &arguments.pieces);
+    if (to == nullptr) return std::optional<Ticket>();
+  }
+  std::memcpy(to, blocks.data(), blocks.size_bytes());
+  CurrentDevice current(*device_);
+  BATON_RETURN_IF_ERROR(launch(stream, index, arguments, blocks.size() * range.length_bytes, range.length_bytes,
+                               within_device));
   next_stream_ = (next_stream_ + 1) % kStreams;
   return std::optional<Ticket>(Ticket{index, stream.started});
 }
@@ -157,7 +189,7 @@ Status CopyEngine::launch_empty(Stream& stream, uint32_t index) {
 Status CopyEngine::launch(Stream& stream, uint32_t index, CopyArguments& arguments, uint64_t bytes, uint64_t largest,
                           bool within_device) {
   // One thread block per multiprocessor saturates NVLink and PCIe; the device's own memory takes two.
-  auto multiprocessors = static_cast<uint32_t>(device_->multiprocessors());
+  const auto multiprocessors = static_cast<uint32_t>(device_->multiprocessors());
   uint32_t ctas = options_.max_ctas != 0 ? options_.max_ctas : multiprocessors * (within_device ? 2 : 1);
   // Small copies are spread thin, for latency; large ones take a few KiB per warp and turn.
   uint64_t share = bytes / (static_cast<uint64_t>(ctas) * kWarpsPerCta);

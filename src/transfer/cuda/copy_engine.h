@@ -58,6 +58,10 @@ class CopyEngine {
   /// REQUIRES: at most kMaxListPieces pieces and kMaxListBytes in all, unless each is at most kMaxPieceBytes.
   Result<std::optional<Ticket>> start(CUdeviceptr source, CUdeviceptr target, std::span<const Segment> pieces,
                                       bool within_device, const Bulk& first = {}, const Bulk& last = {});
+  /// The same for `range` of each of `blocks`: the kernel computes the offsets, so listing them is one memcpy.
+  /// REQUIRES: at most kMaxListPieces blocks.
+  Result<std::optional<Ticket>> start_blocks(CUdeviceptr source, CUdeviceptr target, std::span<const BlockPair> blocks,
+                                             const BlockRange& range, bool within_device);
   /// Starts plain copies alone, for pieces so large that the GPU's copy engines do not mind their number.
   Result<Ticket> start_bulk(std::span<const Bulk> copies);
   /// True once every byte is visible to the whole system: other GPUs, their kernels, this process.
@@ -90,9 +94,10 @@ class CopyEngine {
   Status launch(Stream& stream, uint32_t index, CopyArguments& arguments, uint64_t bytes, uint64_t largest,
                 bool within_device);
   Status launch_empty(Stream& stream, uint32_t index);
+  /// Room for a list of the next copy of this stream, and its address on the device; null: all lists are being read.
+  std::byte* take_list(Stream& stream, uint32_t index, uint64_t* address);
   Status copy(const Stream& stream, const Bulk& bulk);
   std::atomic_ref<uint64_t> flag(uint32_t stream) const;
-  Piece* list(uint32_t stream, uint32_t slot) const;
 
   const std::shared_ptr<const Device> device_;
   const Options options_;

@@ -1,13 +1,12 @@
 #include "transfer/cuda/cuda_backend.h"
 
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <map>
+#include <optional>
 #include <unordered_map>
 
 #include "base/check.h"
@@ -18,6 +17,7 @@
 #include "transfer/cuda/copy_engine.h"
 #include "transfer/cuda/device.h"
 #include "transfer/cuda/read_back.h"
+#include "transfer/process_handle.h"
 #include "transfer/wire.h"
 
 namespace baton::transfer {
@@ -159,7 +159,11 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
     constexpr uint64_t kMessageBytes = 64u << 20;
     limits_.plan = {.max_message_bytes = kMessageBytes,
                     .max_segments = CopyEngine::kMaxListPieces,
-                    .max_packed_segment_bytes = kMessageBytes};
+                    .max_packed_segment_bytes = kMessageBytes,
+                    // Smaller ones: neighbours joined are worth more. Larger ones are few, and so many warps that fetch
+                    // one number each from the host would wait for each other.
+                    .min_listed_bytes = 4096,
+                    .max_listed_bytes = CopyEngine::kMaxPieceBytes};
     limits_.max_inflight_messages = context_->config.max_inflight_per_rail;
     limits_.max_inflight_bytes = 4 * kMessageBytes;
     limits_.max_burst_bytes = 4 * kMessageBytes;
@@ -200,7 +204,7 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
     Epoch epoch = Epoch::kNone;
     std::string name;
     int pid = 0;
-    FileDescriptor process;  // its pidfd; none for this very process
+    std::optional<ProcessHandle> process;  // none: this very process
     bool said_goodbye = false;
   };
 
@@ -356,10 +360,7 @@ Status CudaBackend::fence(Epoch peer, uint64_t serial) {
 }
 
 bool CudaBackend::forget_the_dead() {
-  return std::erase_if(dying_, [](const Inbound& dying) {
-           pollfd fd{dying.process.get(), POLLIN, 0};
-           return ::poll(&fd, 1, 0) == 1;
-         }) > 0;
+  return std::erase_if(dying_, [](const Inbound& dying) { return dying.process->ended(); }) > 0;
 }
 
 Result<Welcome> CudaBackend::on_inbound(ControlPlane::Id id, const Hello& hello) {
@@ -369,8 +370,7 @@ Result<Welcome> CudaBackend::on_inbound(ControlPlane::Id id, const Hello& hello)
   inbound.pid = control_.remote_pid(id);
   if (inbound.pid != ::getpid()) {
     if (inbound.pid <= 0) return unavailable("'{}' lives in another pid namespace", hello.name);
-    inbound.process.reset(static_cast<int>(::syscall(SYS_pidfd_open, inbound.pid, 0)));
-    if (!inbound.process) return unavailable("pidfd_open of pid {}: {}", inbound.pid, std::strerror(errno));
+    BATON_ASSIGN_OR_RETURN(inbound.process, ProcessHandle::open(inbound.pid));
     // Still connected: so it was that process, and not one that was given its pid afterwards.
     if (!control_.still_connected(id)) return unavailable("'{}' is gone", hello.name);
   }
@@ -539,7 +539,7 @@ int64_t CudaBackend::prepare_wait(std::vector<pollfd>& fds) {
     if (context_->clock->now_ns() - last_event_ns_ < kSpinNs) return 0;
   }
   fds.push_back({control_.poll_fd(), POLLIN, 0});
-  for (const Inbound& dying : dying_) fds.push_back({dying.process.get(), POLLIN, 0});
+  for (const Inbound& dying : dying_) fds.push_back({dying.process->fd(), POLLIN, 0});
   if (std::exchange(waits_for_event_, false)) return kEventPollNs;
   return control_.wants_time() ? 1'000'000'000 : INT64_MAX;
 }
@@ -572,21 +572,26 @@ Result<PostResult> CudaLink::post(const BackendMessage& message) {
     BATON_RETURN_IF_ERROR(backend_.driver_->check(reached, "the event that a write waits for (cuEventQuery)"));
   }
   const Allocation& allocation = allocations_[pool->second.allocation];
+  const uint64_t room = allocation.bytes - pool->second.offset;
+  bool fits = message.remote_end <= room;
   for (const Segment& segment : message.segments) {
-    uint64_t room = allocation.bytes - pool->second.offset;
-    if (segment.bytes > room || segment.remote_offset > room - segment.bytes) {
-      return failed_precondition("pool {} of '{}' is larger than the allocation that it says it lies in",
-                                 message.remote_pool, peer_name_);
-    }
+    fits = fits && segment.bytes <= room && segment.remote_offset <= room - segment.bytes;
+  }
+  if (!fits) {
+    return failed_precondition("pool {} of '{}' is larger than the allocation that it says it lies in", message.remote_pool,
+                               peer_name_);
   }
   std::shared_ptr<Mapping>& mapping = mappings_[{pool->second.allocation, &local}];
   if (mapping == nullptr) {
     BATON_ASSIGN_OR_RETURN(mapping, backend_.map(allocation, local, same_process_, peer_name_));
   }
-  BATON_ASSIGN_OR_RETURN(
-      std::optional<CopyEngine::Ticket> ticket,
-      local.engine->start(reinterpret_cast<CUdeviceptr>(message.local->data), mapping->address() + pool->second.offset,
-                          message.segments, allocation.uuid == local.device->uuid()));
+  const auto from = reinterpret_cast<CUdeviceptr>(message.local->data);
+  const CUdeviceptr to = mapping->address() + pool->second.offset;
+  const bool within_device = allocation.uuid == local.device->uuid();
+  BATON_ASSIGN_OR_RETURN(std::optional<CopyEngine::Ticket> ticket,
+                         message.blocks.empty()
+                             ? local.engine->start(from, to, message.segments, within_device)
+                             : local.engine->start_blocks(from, to, message.blocks, message.range, within_device));
   if (!ticket) return PostResult::kAgain;
   bool was_idle = std::all_of(local.copies.begin(), local.copies.end(), [](const auto& one) { return one.empty(); });
   if (was_idle) local.last_end_ns = backend_.context_->clock->now_ns();

@@ -71,6 +71,29 @@ TEST_F(Cuda, ListsOfAnyLengthAreCopiedAndNothingElse) {
   }
 }
 
+TEST_F(Cuda, BlocksAreCopiedByTheirNumbersAndNothingElse) {
+  auto engine = make_engine(device_);
+  constexpr uint64_t kFrom = 1200, kTo = 1000;
+  PoolMemory from(8192 * kFrom, "cuda_ipc"), to(8192 * kTo, "cuda_ipc");
+  Random random(2);
+  for (std::byte& byte : from) byte = static_cast<std::byte>(random());
+  for (uint32_t count : {1u, 24u, 25u, 1000u, 8192u}) {
+    to.fill(std::byte{0});
+    std::vector<std::byte> expected(to.size());
+    std::vector<BlockPair> blocks;
+    for (uint32_t i = 0; i < count; ++i) {
+      blocks.push_back({i, (i * 11) % count});
+      std::memcpy(expected.data() + blocks.back().remote_block * kTo + 7, from.data() + i * kFrom + 7, 900);
+    }
+    auto ticket = engine->start_blocks(reinterpret_cast<CUdeviceptr>(from.data()), reinterpret_cast<CUdeviceptr>(to.data()),
+                                       blocks, {kFrom, kTo, 7, 900}, true);
+    ASSERT_TRUE(ticket.ok() && ticket->has_value());
+    ASSERT_EQ(engine->drain(), Status());
+    ASSERT_TRUE(engine->done(**ticket));
+    ASSERT_EQ(std::memcmp(to.data(), expected.data(), expected.size()), 0) << count;
+  }
+}
+
 TEST_F(Cuda, LargePiecesAreCut) {
   auto engine = make_engine(device_, 3);
   PoolMemory from(4u << 20, "cuda_ipc"), to(4u << 20, "cuda_ipc");
@@ -133,7 +156,9 @@ TEST_F(Cuda, StagingGathersAndScattersWithinItsBounds) {
     }
     move(pieces);
   }
-  move({{0, 3u << 20, Stager::kBulkPieceBytes}, {1u << 20, 2u << 20, Stager::kBulkPieceBytes + 77}});  // no kernel
+  move({{0, 3u << 20, 512u << 10}, {1u << 20, 2u << 20, (512u << 10) + 77}});
+  move({{77, 3u << 20, Stager::kKernelBytes + 1}});  // the copy engine alone
+  move({{77, 3u << 20, 100}, {1u << 20, 2u << 20, 5000}});  // the kernel alone
   EXPECT_TRUE(to == expected);
   EXPECT_TRUE(in->idle() && out->idle());
 
@@ -319,9 +344,47 @@ TEST_F(Cuda, StagingWorksWithADriverThatDoesNotPinOurMemory) {
   BlockWrite write{.local_pool = a.gpu_pool, .remote_pool = b.gpu_pool, .blocks = {{0, 63}, {5, 1}}, .length_bytes = 1024};
   EXPECT_EQ(peer.write(write)->wait(), Status());
   ::unsetenv("BATON_FAKE_CUDA_NO_REGISTER");
+  EXPECT_THAT(a.agent->describe(), HasSubstr("0.0 MB gathered and sent, 0.0 of it straight"));
   EXPECT_EQ(b.gpu.data()[63 * 1024], std::byte{7});
   EXPECT_EQ(b.gpu.data()[1024], std::byte{7});
   EXPECT_EQ(b.gpu.data()[0], std::byte{0});
+}
+
+TEST_F(Cuda, OnOneHostNothingIsCopiedFromSlotToSlot) {
+  constexpr uint64_t kStride = 64 << 10;
+  constexpr uint32_t kBlocks = 64;
+  PoolMemory memories[] = {PoolMemory(kBlocks * kStride, "cuda_ipc", 0), PoolMemory(kBlocks * kStride, "cuda_ipc", 1),
+                           PoolMemory(kBlocks * kStride, "shm"), PoolMemory(kBlocks * kStride, "shm")};
+  auto a = std::move(*Agent::create(config("a", "staged:shm"))), b = std::move(*Agent::create(config("b", "staged:shm")));
+  PoolId from[2], to[2];
+  for (int kind : {0, 1}) {
+    PoolMemory &source = memories[2 * kind], &target = memories[2 * kind + 1];
+    from[kind] = *a->add_pool({*a->register_memory(source, source.kind()), kStride, kBlocks});
+    to[kind] = *b->add_pool({*b->register_memory(target, target.kind()), kStride, kBlocks});
+    Random random(static_cast<uint64_t>(kind));
+    for (std::byte& byte : source) byte = static_cast<std::byte>(random());
+  }
+  Peer peer = *a->connect(b->metadata());
+  // More than all slots, in pieces that the kernel moves alone, with the copy engine's help, or not at all.
+  for (auto [source, target] : {std::pair(0, 0), {0, 1}, {1, 0}}) {
+    for (uint64_t bytes : {uint64_t{100}, uint64_t{4096}, kStride}) {
+      memories[2 * target + 1].fill(std::byte{0});
+      BlockWrite write;
+      write.local_pool = from[source];
+      write.remote_pool = to[target];
+      write.length_bytes = bytes;
+      for (uint32_t i = 0; i < kBlocks; ++i) write.blocks.push_back({i, (i * 5 + 3) % kBlocks});
+      ASSERT_EQ(peer.write(write)->wait(), Status());
+      for (const BlockPair& pair : write.blocks) {
+        const std::byte* block = memories[2 * target + 1].data() + pair.remote_block * kStride;
+        ASSERT_EQ(std::memcmp(block, memories[2 * source].data() + pair.local_block * kStride, bytes), 0);
+        ASSERT_TRUE(bytes == kStride || block[bytes] == std::byte{0});
+      }
+    }
+  }
+  EXPECT_THAT(a->describe(), HasSubstr("13.4 MB gathered and sent, 13.4 of it straight into slots of the receivers"));
+  // Slots of its own were not needed.
+  EXPECT_EQ(peer.close(), Status());
 }
 
 TEST_F(Cuda, AHostWithoutCudaWritesIntoGpuMemoryAndIsWrittenInto) {

@@ -61,6 +61,7 @@ StagedBackend::~StagedBackend() { BATON_CHECK(links_.empty()) << "links must be 
 
 Status StagedBackend::open(const HostBackendFactory& open_host, std::shared_ptr<UnusedSockets> unused) {
   unused_ = std::move(unused);
+  for (uint32_t slot = kSlots; slot > 0; --slot) free_.push_back(slot - 1);
   const std::string host = staged_over(transport_);
   slot_context_ = std::make_shared<SlotContext>(*context_, *context_, inbound_);
   slot_context_->config.transport = host;
@@ -93,7 +94,9 @@ BackendLimits StagedBackend::limits_for(const std::string& address) const {
   // Many small pieces must not leave nothing of a short message.
   while (descriptor_bytes(pieces) > inner.plan.max_message_bytes / 8 && pieces > 1) pieces /= 2;
   BackendLimits limits;
-  limits.plan.max_message_bytes = std::min(data_bytes, inner.plan.max_message_bytes - descriptor_bytes(pieces));
+  // Ours over shm may be longer than its own: at most a descriptor goes that way, or one copy like any other.
+  const uint64_t longest = inner_->transport() == "shm" ? kSlotStride : inner.plan.max_message_bytes;
+  limits.plan.max_message_bytes = std::min(data_bytes, longest - descriptor_bytes(pieces));
   limits.plan.max_segments = pieces;
   limits.plan.max_packed_segment_bytes = limits.plan.max_message_bytes;
   limits.max_inflight_messages = kSlots;
@@ -106,9 +109,11 @@ std::string StagedBackend::describe() const {
   if (devices_.empty() && links_.empty() && inbound_.writers() == 0) return fmt::format("{} (not used)", transport_);
   std::string names;
   for (const auto& [ordinal, local] : devices_) names += (names.empty() ? "" : ", ") + local->device->name();
-  return fmt::format("{} ({}, {} writers, {} links, {:.1f} MB gathered and sent, {:.1f} MB received and scattered, {} times "
+  return fmt::format("{} ({}, {} writers, {} links, {:.1f} MB gathered and sent, {:.1f} of it "
+                     "straight into slots of the receivers, {:.1f} MB received and scattered, {} times "
                      "a writer found no slot)", transport_, names.empty() ? "no GPU memory" : names, inbound_.writers(),
-                     links_.size(), static_cast<double>(sent_bytes_) * 1e-6, static_cast<double>(inbound_.bytes()) * 1e-6,
+                     links_.size(), static_cast<double>(sent_bytes_) * 1e-6,
+                     static_cast<double>(straight_bytes_) * 1e-6, static_cast<double>(inbound_.bytes()) * 1e-6,
                      inbound_.waits());
 }
 
@@ -150,7 +155,6 @@ Status StagedBackend::open_out() {
   // Opens the host transport as well, so its limits are the final ones.
   BATON_RETURN_IF_ERROR(memory->region().impl()->with(*inner_).status());
   out_ = std::move(memory);
-  for (uint32_t slot = kSlots; slot > 0; --slot) free_.push_back(slot - 1);
   return Status();
 }
 
@@ -164,7 +168,8 @@ Result<std::unique_ptr<Link>> StagedBackend::open_link(const Metadata& peer, con
   Result<Address> address = parse_address(offer.address);
   if (!address.ok()) return address.status().with_context(fmt::format("'{}' offers {}", peer.name, transport_));
   used_ = true;
-  BATON_RETURN_IF_ERROR(open_out());
+  // Over shm most links need none.
+  if (inner_->transport() != "shm") BATON_RETURN_IF_ERROR(open_out());
   provider_ = fmt::format("staged over {}", inner_->provider());
   const Metadata::Offer inner_offer{inner_->transport(), inner_->provider(), address->inner};
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Link> inner, inner_->open_link(peer, inner_offer));

@@ -45,8 +45,12 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
 
   // For StagedLink.
   int64_t now_ns() const { return context_->clock->now_ns(); }
+  /// The slots of our own; made when the first message needs them.
+  Status open_out();
   SlotMemory& out() { return *out_; }
   Result<const BackendRegion*> out_region() { return out_->region().impl()->with(*inner_); }
+  DescriptorMemory& descriptors() { return descriptors_; }
+  Result<const BackendRegion*> descriptor_region() { return descriptors_.region().impl()->with(*inner_); }
   size_t free_slots() const { return free_.size(); }
   uint32_t take_slot();
   void release_slot(uint32_t slot) { free_.push_back(slot); }
@@ -55,15 +59,16 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
   bool send_note(ControlPlane::Id id, const Arrival& note) { return control_.send_arrivals(id, std::span(&note, 1)); }
   void report_done(StagedLink& link, uint64_t cookie) { done_.emplace_back(&link, cookie); }
   void report_failure(StagedLink& link, const Status& why) { failed_.emplace_back(&link, why); }
-  void count_sent(uint64_t bytes) { sent_bytes_ += bytes; }
+  void count_sent(uint64_t bytes, bool straight) {
+    sent_bytes_ += bytes;
+    if (straight) straight_bytes_ += bytes;
+  }
   void forget(StagedLink& link);
 
  private:
   class SlotContext;
 
   Result<StagedDevice*> open_device(int ordinal);
-  Status open_out();
-
   // Of the host backend.
   void on_posted_done(Link& link, uint64_t cookie, const Status& status) override;
   void on_link_failed(Link& link, const Status& status) override;
@@ -86,14 +91,15 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
   BackendLimits limits_;
   std::shared_ptr<const cuda::Driver> driver_;
   ControlPlane control_;
-  std::unique_ptr<SlotMemory> out_;  // null until there is a link
-  std::vector<uint32_t> free_;       // of its slots
+  std::unique_ptr<SlotMemory> out_;
+  DescriptorMemory descriptors_;
+  std::vector<uint32_t> free_;  // slots of out_, and of descriptors_
   StagedInbound inbound_;
   std::map<int, std::unique_ptr<StagedDevice>> devices_;  // by ordinal; gone before the slots that they copy
   std::unordered_map<ControlPlane::Id, StagedLink*> links_;
   std::vector<std::pair<StagedLink*, uint64_t>> done_;
   std::vector<std::pair<StagedLink*, Status>> failed_;
-  uint64_t sent_bytes_ = 0;
+  uint64_t sent_bytes_ = 0, straight_bytes_ = 0;
   int64_t last_event_ns_ = 0;
   int64_t seen_ns_ = 0;
   bool used_ = false;  // somebody has come, or gone to somebody

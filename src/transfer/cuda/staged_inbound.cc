@@ -1,5 +1,7 @@
 #include "transfer/cuda/staged_inbound.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -58,6 +60,7 @@ Result<Welcome> StagedInbound::add_writer(Id id, const Hello& hello) {
                   region.status().to_string());
     }
   }
+  if (may_write_slots(id, hello.from)) welcome.rails.emplace_back(kMayWriteSlots);
   Writer writer;
   writer.epoch = hello.from;
   writer.name = hello.name;
@@ -65,6 +68,40 @@ Result<Welcome> StagedInbound::add_writer(Id id, const Hello& hello) {
   log_info("transfer {}: '{}' can write into this process over {} ({} pools)", context_.agent_name, hello.name,
            self_.transport(), welcome.pools.size());
   return welcome;
+}
+
+bool StagedInbound::may_write_slots(Id id, Epoch writer) {
+  if (self_.transport() != "staged:shm") return false;
+  const int pid = control_.remote_pid(id);
+  if (pid <= 0) return false;
+  if (pid == ::getpid() || processes_.contains(writer)) return true;
+  Result<ProcessHandle> process = ProcessHandle::open(pid);
+  // Still connected: so it was that process, and not one that was given its pid afterwards.
+  if (process.ok() && !control_.still_connected(id)) process = unavailable("it is gone");
+  if (!process.ok()) {
+    log_info("transfer {}: pid {} may not write into the slots of {}: {}", context_.agent_name, pid, self_.transport(),
+             process.status().message());
+    return false;
+  }
+  processes_.emplace(writer, std::move(*process));
+  return true;
+}
+
+bool StagedInbound::may_be_written(uint32_t index, Epoch writer) const {
+  if (memory_->busy(index).load() == 0) return false;
+  // A process that lives closes its connections after its copies have ended.
+  auto process = processes_.find(writer);
+  return process != processes_.end() && !process->second.ended();
+}
+
+void StagedInbound::forget_process(Epoch writer) {
+  for (const Slot& slot : slots_) {
+    if (slot.state != State::kFree && slot.epoch == writer) return;
+  }
+  for (const auto& [id, one] : writers_) {
+    if (one.epoch == writer) return;
+  }
+  processes_.erase(writer);
 }
 
 void StagedInbound::remove_writer(Id id) {
@@ -83,6 +120,7 @@ void StagedInbound::remove_writer(Id id) {
   std::erase_if(arrived_, [this](uint32_t index) { return slots_[index].state != State::kArrived; });
   // Something of it may still be on its way here, over a link that it shares with its other connections.
   if (holds) to_cut_off_.insert(node.mapped().epoch);
+  forget_process(node.mapped().epoch);
   context_.wake();
 }
 
@@ -165,8 +203,9 @@ void StagedInbound::note(Id writer, Note note) {
 void StagedInbound::release(uint32_t index) {
   Slot& slot = slots_[index];
   if (auto it = writers_.find(slot.writer); it != writers_.end()) --it->second.held;
-  slot = {};
+  const Slot was = std::exchange(slot, {});
   free_.push_back(index);
+  if (was.writer == 0) forget_process(was.epoch);
 }
 
 void StagedInbound::finish(uint32_t index, BackendEvents& events) {
@@ -254,6 +293,7 @@ size_t StagedInbound::grant() {
     slot.epoch = writer.epoch;
     slot.grant = next_grant_++;
     slot.granted_ns = context_.clock->now_ns();
+    memory_->busy(index).store(0);
     ++writer.held;
     --writer.wants;
     writer.notes.push_back(encode_note({Note::Kind::kGrant, static_cast<uint16_t>(index), slot.grant}));
@@ -309,6 +349,7 @@ size_t StagedInbound::clear_quarantine() {
 void StagedInbound::free_quarantined(Epoch writer) {
   for (uint32_t index = 0; index < kSlots; ++index) {
     if (slots_[index].state != State::kQuarantined || slots_[index].epoch != writer) continue;
+    if (may_be_written(index, writer)) continue;
     --quarantined_;
     release(index);
   }

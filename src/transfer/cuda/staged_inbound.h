@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -14,6 +15,7 @@
 #include "transfer/control.h"
 #include "transfer/cuda/staged_memory.h"
 #include "transfer/cuda/staged_wire.h"
+#include "transfer/process_handle.h"
 
 namespace baton::transfer::staged {
 
@@ -23,7 +25,8 @@ namespace baton::transfer::staged {
 ///              |          |
 ///              +----------+--> quarantined -> free        the writer has gone, or was cut off, before the copy was
 ///                                                         started: until the host transport says that nothing of
-///                                                         it can land here any more
+///                                                         it can land here any more, and no GPU of a killed writer
+///                                                         can be at work in it
 ///
 /// A writer gets a slot when it holds none, or fewer than are free: alone it gets half of them, each further one half of the
 /// rest. One that sits on a slot while others wait is cut off after some seconds.
@@ -95,6 +98,11 @@ class StagedInbound {
   void send_notes();
   size_t clear_quarantine();
   void free_quarantined(Epoch writer);
+  /// Whether `writer` may put data into the slots by itself. Remembers its process.
+  bool may_write_slots(Id id, Epoch writer);
+  /// A copy of a GPU of `writer`, which holds no connection any more, may still write into the slot.
+  bool may_be_written(uint32_t index, Epoch writer) const;
+  void forget_process(Epoch writer);
   void note(Id writer, Note note);
 
   BackendContext& context_;
@@ -107,6 +115,7 @@ class StagedInbound {
   std::vector<uint32_t> free_;
   std::deque<uint32_t> arrived_;
   std::unordered_map<Id, Writer> writers_;
+  std::map<Epoch, ProcessHandle> processes_;  // of writers that put data into the slots, until none is left in quarantine
   std::deque<Id> wanting_;  // in turn
   std::set<Epoch> to_cut_off_;
   std::vector<LocalPool> pools_;

@@ -1,9 +1,11 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "base/mapped_memory.h"
 #include "base/status.h"
@@ -28,6 +30,11 @@ struct StagedDevice {
   bool check(int64_t now_ns);
 };
 
+/// Of slots that begin at `slots`, here or in the mapping of a peer's.
+inline std::atomic_ref<uint64_t> slot_busy(std::byte* slots, uint32_t index) {
+  return std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(slots + index * kSlotStride));
+}
+
 class StagedRegion final : public BackendRegion {
  public:
   StagedDevice* device = nullptr;  ///< null: host memory
@@ -45,7 +52,9 @@ class SlotMemory {
 
   /// Where its data begins; the descriptor ends there.
   std::byte* data(uint32_t index) const { return region_.data() + index * kSlotStride + kHeaderBytes; }
-  /// The same for a GPU. REQUIRES: pin() was ok.
+  /// See cuda/staged_wire.h.
+  std::atomic_ref<uint64_t> busy(uint32_t index) const { return slot_busy(region_.data(), index); }
+  /// data() for a GPU. REQUIRES: pin() was ok.
   cuda::CUdeviceptr address(uint32_t index) const {
     return (pinned_ ? pinned_.address() : of_driver_.address()) + index * kSlotStride + kHeaderBytes;
   }
@@ -55,6 +64,20 @@ class SlotMemory {
   MappedMemory memory_;
   cuda::PinnedRange pinned_;
   cuda::PinnedMemory of_driver_;
+  MemoryRegion region_;
+};
+
+/// Where a writer keeps descriptors whose data does not pass through slots of its own. [kSlots][kHeaderBytes]
+class DescriptorMemory {
+ public:
+  DescriptorMemory()
+      : bytes_(kSlots * kHeaderBytes),
+        region_(std::make_shared<MemoryRegion::Impl>(std::span(bytes_), MemoryKind::kHost)) {}
+  std::span<std::byte> of(uint32_t index, size_t bytes) { return std::span(bytes_).subspan(index * kHeaderBytes, bytes); }
+  const MemoryRegion& region() const { return region_; }
+
+ private:
+  std::vector<std::byte> bytes_;
   MemoryRegion region_;
 };
 

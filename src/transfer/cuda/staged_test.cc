@@ -1,6 +1,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -67,10 +74,10 @@ TEST(StagedWire, TagsAndNotesComeBack) {
 /// The host transport, of which only the fence matters; and the staged backend itself, which registers memory.
 class FakeBackend final : public Backend {
  public:
-  const std::string& transport() const override { return name_; }
-  const std::string& provider() const override { return name_; }
+  const std::string& transport() const override { return name; }
+  const std::string& provider() const override { return name; }
   const BackendLimits& limits() const override { return limits_; }
-  std::string describe() const override { return name_; }
+  std::string describe() const override { return name; }
   Result<std::unique_ptr<BackendRegion>> register_memory(std::span<std::byte> memory, MemoryKind) override {
     auto region = std::make_unique<StagedRegion>();
     region->data = memory.data();
@@ -97,9 +104,9 @@ class FakeBackend final : public Backend {
 
   Status fence_status;
   std::map<Epoch, int> fences;
+  std::string name = "staged:fake";
 
  private:
-  const std::string name_ = "staged:fake";
   BackendLimits limits_;
 };
 
@@ -151,7 +158,10 @@ class StagedOwner : public ::testing::Test, public BackendEvents, public Backend
     Result<Welcome> on_inbound(ControlPlane::Id, const Hello&) override { return unimplemented("none"); }
     void on_inbound_closed(ControlPlane::Id, int) override {}
     void on_inbound_arrived(ControlPlane::Id, const Arrival&) override {}
-    void on_welcome(ControlPlane::Id, Welcome) override { welcome = true; }
+    void on_welcome(ControlPlane::Id, Welcome granted) override {
+      welcome = true;
+      may_write_slots = granted.rails == std::vector<std::string>{std::string(kMayWriteSlots)};
+    }
     void on_outbound_arrived(ControlPlane::Id, const Arrival& arrival) override {
       const std::optional<Note> note = parse_note(arrival);
       ASSERT_TRUE(note.has_value());
@@ -166,7 +176,7 @@ class StagedOwner : public ::testing::Test, public BackendEvents, public Backend
     Epoch own_epoch;
     ControlPlane control;
     ControlPlane::Id id = 0;
-    bool welcome = false;
+    bool welcome = false, may_write_slots = false;
     std::vector<Note> grants;
     int done = 0, refused = 0;
     Status closed;
@@ -323,6 +333,56 @@ TEST_F(StagedOwner, TheSlotsOfADeadWriterComeBackWhenTheTransportIsSure) {
   settle();
   EXPECT_EQ(next->grants.size(), kSlots / 2);
   EXPECT_EQ(inbound_->settle_all(), Status());
+}
+
+/// Another process with a connection that has closed, and which says that its GPU may be at work in a slot.
+TEST_F(StagedOwner, ASlotThatADyingProcessesGpuMayWriteIntoWaitsForItsEnd) {
+  self_.name = "staged:shm";
+  SlotMemory& slots = **inbound_->memory();
+  int to_parent[2], to_child[2];
+  ASSERT_TRUE(::pipe2(to_parent, O_CLOEXEC) == 0 && ::pipe2(to_child, O_CLOEXEC) == 0);
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    auto dies = std::make_unique<Writer>(*this, "dies");
+    char step = 0;
+    while (!dies->welcome) (void)dies->control.progress();
+    const bool may = dies->may_write_slots;
+    dies->want(1000);
+    while (dies->grants.size() < kSlots / 2) (void)dies->control.progress();
+    slots.busy(dies->grants[0].slot).store(1);
+    const Epoch epoch = dies->own_epoch;
+    dies.reset();
+    (void)!::write(to_parent[1], &epoch, sizeof(epoch));
+    (void)!::write(to_parent[1], &may, sizeof(may));
+    (void)!::read(to_child[0], &step, 1);
+    ::_exit(0);
+  }
+  pollfd closed{to_parent[0], POLLIN, 0};
+  while (::poll(&closed, 1, 0) == 0) settle();
+  Epoch epoch{};
+  bool may = false;
+  ASSERT_EQ(::read(to_parent[0], &epoch, sizeof(epoch)), static_cast<ssize_t>(sizeof(epoch)));
+  ASSERT_EQ(::read(to_parent[0], &may, sizeof(may)), static_cast<ssize_t>(sizeof(may)));
+  EXPECT_TRUE(may);
+  while (inbound_->writers() > 0) settle();
+  // The host transport is sure, the process is not over: seven slots are free again, and this one is not.
+  auto next = writer("next");
+  next->want(1000);
+  settle();
+  EXPECT_EQ(next->grants.size(), kSlots / 2);
+  auto all = writer("all");
+  all->want(1);
+  settle();
+  EXPECT_EQ(inbound_->settle(epoch), Status());  // of the pools nothing is touched any more
+  EXPECT_EQ(inbound_->longest_wait_ns(), 2'000'000);
+  ASSERT_EQ(::write(to_child[1], "x", 1), 1);
+  int status = 0;
+  ASSERT_EQ(::waitpid(pid, &status, 0), pid);
+  EXPECT_EQ(status, 0);
+  settle();
+  EXPECT_GT(inbound_->longest_wait_ns(), 2'000'000);
+  for (int fd : {to_parent[0], to_parent[1], to_child[0], to_child[1]}) ::close(fd);
 }
 
 }  // namespace

@@ -17,19 +17,26 @@
 ///
 /// A slot of the receiver, of which the host transport fills one contiguous stretch with one message:
 ///
-///   0                       kHeaderBytes                              kSlotStride
-///   |        | descriptor   | data: the pieces, one behind the other  |
+///   0      kBusyBytes              kHeaderBytes                              kSlotStride
+///   | busy |        | descriptor   | data: the pieces, one behind the other  |
 ///
 /// The descriptor ends where the data begins; how long it is stands in the message's tag.
+///
+/// Where the writer has the slots in its own memory (one host), its GPU puts the data there, and only the descriptor is
+/// sent. The word at `busy` is 1 while that copy may be under way: when the writer is killed its socket closes before the
+/// driver has stopped the copy, and the slot must not be given away in between.
 namespace baton::transfer::staged {
 
 inline constexpr uint32_t kSlots = 16;
 inline constexpr uint64_t kDataBytes = 2u << 20;
 inline constexpr uint64_t kHeaderBytes = 16u << 10;
+inline constexpr uint64_t kBusyBytes = 64;
 inline constexpr uint64_t kSlotStride = kHeaderBytes + kDataBytes;
 inline constexpr size_t kFixedDescriptorBytes = 32;
 inline constexpr size_t kPieceBytes = 16;
-inline constexpr uint32_t kMaxPieces = (kHeaderBytes - kFixedDescriptorBytes) / kPieceBytes;
+inline constexpr uint32_t kMaxPieces = (kHeaderBytes - kBusyBytes - kFixedDescriptorBytes) / kPieceBytes;
+/// In a Welcome: the writer may put data into the slots by itself.
+inline constexpr std::string_view kMayWriteSlots = "slots";
 
 /// Where a message's data goes.
 struct Piece {

@@ -44,8 +44,8 @@ Result<std::optional<uint32_t>> Stager::start(CUdeviceptr memory, std::span<cons
     return invalid_argument("{} pieces for one staged copy, 1 to {} are possible", pieces.size(),
                             CopyEngine::kMaxListPieces);
   }
-  const bool bulk = std::all_of(pieces.begin(), pieces.end(),
-                                [](const Segment& piece) { return piece.bytes >= kBulkPieceBytes; });
+  // Two halves of 1 MiB cost the copy engine 7 % of its rate.
+  const bool bulk = pieces.size() == 1 && pieces.front().bytes > kKernelBytes;
   laid_out_.clear();
   bulks_.clear();
   uint64_t at = 0;
@@ -67,6 +67,8 @@ Result<std::optional<uint32_t>> Stager::start(CUdeviceptr memory, std::span<cons
   std::optional<CopyEngine::Ticket> ticket;
   if (bulk) {
     BATON_ASSIGN_OR_RETURN(ticket, engine_->start_bulk(bulks_));
+  } else if (at <= kKernelBytes) {
+    BATON_ASSIGN_OR_RETURN(ticket, engine_->start(gathers ? memory : host, gathers ? host : memory, laid_out_, false));
   } else if (gathers) {
     BATON_ASSIGN_OR_RETURN(ticket, engine_->start(memory, buffer(copy), laid_out_, true, {}, {buffer(copy), host, at}));
   } else {

@@ -15,7 +15,7 @@ namespace baton::transfer::cuda {
 ///
 /// PCIe is the limit, and the copy engines come nearer to it than a kernel that reads or writes host memory (on an H200
 /// 55 GB/s against 51 and 48). So the kernel gathers and scatters inside the GPU, where a few thread blocks are enough,
-/// and the copy engine carries whole stretches between there and the host. Pieces that are large already need no kernel.
+/// and the copy engine carries whole stretches between there and the host. What is one piece already needs no kernel.
 ///
 /// Bounded: `copies` x `copy_bytes` of device memory, nothing else. Not thread-safe. Its destructor waits for the GPU.
 class Stager {
@@ -26,8 +26,9 @@ class Stager {
     uint32_t max_ctas = 8;
     Status validate() const;
   };
-  /// Pieces of at least this size, all of them, go one by one through the copy engine.
-  static constexpr uint64_t kBulkPieceBytes = 512u << 10;
+
+  /// So much in all goes through the kernel alone: one call of the driver instead of three.
+  static constexpr uint64_t kKernelBytes = 128u << 10;
 
   static Result<std::unique_ptr<Stager>> create(std::shared_ptr<const Device> device, Options options);
 

@@ -48,6 +48,11 @@ class ShmLink final : public Link {
   void flush() override;
   bool ready() const override { return ready_ && !dead_; }
   bool late_writes_possible() const override { return false; }
+  std::span<std::byte> mapped_pool(uint32_t pool) const override {
+    auto it = pools_.find(pool);
+    if (it == pools_.end() || it->second.mapped == nullptr) return {};
+    return {it->second.mapped->data(), it->second.mapped->bytes()};
+  }
   CheckChannel::Connection connection() const override { return id_; }
 
   struct RemotePool {

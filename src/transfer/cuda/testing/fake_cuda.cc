@@ -91,8 +91,16 @@ void copy_bytes(void* to, const void* from, size_t bytes) { std::memmove(to, fro
 #endif
 
 void copy(const CopyArguments& a) {
+  if (a.block_bytes > 0) {
+    if (a.block_bytes > static_cast<uint64_t>(a.units_per_piece) * a.unit_bytes) std::abort();  // would be cut off
+    const BlockIds* blocks = a.pieces != 0 ? reinterpret_cast<const BlockIds*>(a.pieces) : a.inline_blocks;
+    for (uint32_t i = 0; i < a.piece_count; ++i) {
+      copy_bytes(reinterpret_cast<void*>(a.target + blocks[i].target * a.target_stride),
+                 reinterpret_cast<const void*>(a.source + blocks[i].source * a.source_stride), a.block_bytes);
+    }
+  }
   const Piece* pieces = a.pieces != 0 ? reinterpret_cast<const Piece*>(a.pieces) : a.inline_pieces;
-  for (uint32_t i = 0; i < a.piece_count; ++i) {
+  for (uint32_t i = 0; i < (a.block_bytes > 0 ? 0 : a.piece_count); ++i) {
     if (pieces[i].bytes > static_cast<uint64_t>(a.units_per_piece) * a.unit_bytes) std::abort();  // would be cut off
     copy_bytes(reinterpret_cast<void*>(a.target + pieces[i].target_offset),
                reinterpret_cast<const void*>(a.source + pieces[i].source_offset), pieces[i].bytes);
