@@ -10,6 +10,7 @@
 #include "transfer/cuda/staged_wire.h"
 #include "transfer/integrity.h"
 #include "transfer/metadata.h"
+#include "transfer/reads.h"
 #include "transfer/wire.h"
 
 // What other processes send us: metadata (through the worker protocol) and control frames (sockets).
@@ -28,6 +29,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   if (auto result = parse_check_result(input); result.ok()) {
     BATON_CHECK(encode_check_result(*result) == input);
+  }
+  if (auto request = parse_read_request(input); request.ok()) {
+    BATON_CHECK(encode_read_request(*request) == input);
+    if (request->kind == ReadRequest::Kind::kIntroduce) baton::ignore_status(parse_metadata(request->metadata, 1u << 20).status());
+  }
+  if (auto answer = parse_read_answer(input); answer.ok()) {
+    BATON_CHECK(encode_read_answer(*answer) == input);
   }
   // What lies in a staging slot, and the notes about slots.
   if (auto descriptor = staged::parse_descriptor(input); descriptor.ok()) {

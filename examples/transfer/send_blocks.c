@@ -99,6 +99,27 @@ static void send_all(int channel, const char* transport) {
   printf("path %s (provider %s): %s, %.2f GB/s\n", path.transport, path.provider, path.reason,
          path.bandwidth_bytes_per_s * 1e-9);
   baton_transfer_release(transfer);
+
+  /* And back. When it is done the blocks are here. */
+  baton_read read;
+  baton_read_init(&read, sizeof read);
+  read.local_pool = node.pool;
+  read.remote_pool = 0;
+  read.blocks = blocks;
+  read.block_count = kBlocks;
+  read.length_bytes = kStride;
+  read.timeout_ms = 10000;
+  memset(node.memory, 0, (size_t)kBlocks * kStride);
+  check(baton_peer_read(peer, &read, NULL, NULL, &transfer, &error), "reading");
+  check(baton_transfer_wait(transfer, &error), "the read");
+  for (int i = 0; i < kBlocks; ++i) {
+    if (node.memory[(size_t)i * kStride] != (unsigned char)(i + 1)) {
+      fprintf(stderr, "block %d is not what was read\n", i);
+      exit(1);
+    }
+  }
+  tell(channel, &messages, sizeof messages); /* the receiver may go */
+  baton_transfer_release(transfer);
   baton_peer_release(peer);
   close_node(&node);
 }
@@ -126,6 +147,7 @@ static void receive_all(int channel, const char* transport) {
     }
   }
   printf("received %d blocks of %d KiB, all right\n", kBlocks, kStride >> 10);
+  hear(channel, &messages, sizeof messages); /* it has read them back */
   close_node(&node);
 }
 

@@ -1,4 +1,4 @@
-/// Moves blocks from a pool of one process into a pool of another, on one host or between two:
+/// Moves blocks from a pool of one process into a pool of another, on one host or between two, and reads them back:
 ///
 ///   send_blocks receive 10.0.0.1 7000 [transport]      on the host 10.0.0.1; port 0: any, it is printed
 ///   send_blocks send    10.0.0.1 7000 [transport]      there or elsewhere
@@ -6,6 +6,7 @@
 /// transport: auto (default), shm, tcp, efa, verbs.
 #include <baton/transfer.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -75,7 +76,33 @@ Status receive(const std::string& ip, uint16_t port, const std::string& transpor
     }
     sender.send("verified");
   }
+  // The sender reads now. Nothing is to be done here for that, but the agent has to live.
+  if (sender.receive() != "read") return baton::data_loss("the sender could not read");
   std::printf("received %d x %llu blocks, all right\n", kRounds, static_cast<unsigned long long>(kBlocks));
+  return Status();
+}
+
+/// Fetches the blocks of the last round from the receiver's pool.
+Status read_back(Node& node, const Peer& peer, PoolId remote_pool) {
+  std::fill(node.memory.begin(), node.memory.end(), std::byte{0});
+  BlockRead read;
+  read.local_pool = node.pool;
+  read.remote_pool = remote_pool;
+  for (uint32_t block = 0; block < kBlocks; ++block) read.blocks.push_back({block, target_of(block)});
+  read.length_bytes = kStrideBytes;
+  read.deadline = baton::Deadline::after_ms(baton::SteadyClock::instance(), 10'000);
+  BATON_ASSIGN_OR_RETURN(Transfer transfer, peer.read(std::move(read)));
+  if (Status status = transfer.wait(); !status.ok()) {
+    // Not settled: the receiver has not said that it stopped writing into our memory. Shut it out before the memory is used again.
+    if (!transfer.settled()) BATON_RETURN_IF_ERROR(node.agent->fence(peer.epoch()));
+    return status;
+  }
+  for (uint32_t block = 0; block < kBlocks; ++block) {
+    const std::byte* data = node.memory.data() + block * kStrideBytes;
+    if (data[0] != pattern(block, kRounds - 1) || std::memcmp(data, data + 1, kStrideBytes - 1) != 0) {
+      return baton::data_loss("block {} is not what the receiver has", block);
+    }
+  }
   return Status();
 }
 
@@ -106,12 +133,15 @@ Status send(const std::string& ip, uint16_t port, const std::string& transport) 
     if (round > 0) seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (receiver.receive() != "verified") return baton::data_loss("the receiver did not verify round {}", round);
   }
+  BATON_RETURN_IF_ERROR(read_back(node, peer, remote_pool));
+  receiver.send("read");
   PathInfo path = peer.path();
   double bytes = static_cast<double>((kRounds - 1) * kBlocks * kStrideBytes);
   std::printf("path %s (provider %s, %u rail%s): %s\n", path.transport.c_str(), path.provider.c_str(), path.rails,
               path.rails == 1 ? "" : "s", path.reason.c_str());
   std::printf("%d x %llu blocks of %llu KiB: %.2f GB/s\n", kRounds - 1, static_cast<unsigned long long>(kBlocks),
               static_cast<unsigned long long>(kStrideBytes >> 10), bytes / seconds * 1e-9);
+  std::printf("and read back, all the same\n");
   return peer.close();
 }
 

@@ -167,6 +167,7 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
   ops::BenchTransferOptions& o = command->options;
   CLI::App* app = bench.add_subcommand("transfer", "The transfer library between two processes or hosts, beside the bare transports.");
   app->add_option("--transport", o.transports, "auto, shm, tcp, efa, verbs, cuda_ipc, staged:shm, ...; one after the other")->capture_default_str();
+  app->add_option("--operation", o.operation, "write (into the target's memory) or read (from it)")->capture_default_str();
   app->add_option("--block-bytes", command->block_bytes, "block sizes")->capture_default_str();
   app->add_option("--blocks", o.blocks, "blocks of one transfer [as many as come to 32 MiB, of GPU memory 256 MiB]");
   app->add_option("--order", o.order, "scattered, contiguous or both")->capture_default_str();
@@ -176,8 +177,8 @@ void add_bench_transfer(CommandLine& line, CLI::App& bench) {
   app->add_option("--cuda-library", o.cuda_library, "CUDA's driver [libcuda.so.1]");
   app->add_option("--pool-bytes", command->pool_bytes, "memory on each side; with --listen the most that is given")->capture_default_str();
   app->add_option("--runs", o.runs, "runs of each; median, least and most are shown")->capture_default_str();
-  app->add_option("--pings", o.pings, "blocks sent there and back for the notification latency")->capture_default_str();
-  app->add_flag("--verify", o.verify, "compare every block on the target");
+  app->add_option("--pings", o.pings, "blocks sent there and back for the notification latency, or read one by one")->capture_default_str();
+  app->add_flag("--verify", o.verify, "compare every block on the target with the one here");
   app->add_flag("--integrity", o.integrity, "measure the library's integrity mode (hashes on both sides); no notification latency");
   app->add_flag("--no-baseline", command->no_baseline, "leave the bare transports out");
   CLI::Option* connect = app->add_option("--connect", o.connect, "HOST:PORT of a target [a process is started here]");

@@ -15,6 +15,7 @@
 #include <mutex>
 #include <numeric>
 #include <optional>
+#include <type_traits>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -35,6 +36,7 @@ namespace baton::ops {
 namespace {
 
 using transfer::BlockPair;
+using transfer::BlockRead;
 using transfer::BlockWrite;
 using transfer::Peer;
 using transfer::PoolId;
@@ -150,8 +152,7 @@ class Initiator {
       result_.device = gpu_->gpu()->name();
     }
     BATON_ASSIGN_OR_RETURN(pool_, MappedMemory::create_private(options_.pool_bytes));
-    auto* words = reinterpret_cast<uint64_t*>(pool_.data());
-    for (size_t i = 0; i < pool_.bytes() / sizeof(uint64_t); ++i) words[i] = mix_bits(options_.seed + i);
+    fill_words(pool_.span(), options_.seed);
     if (gpu_) BATON_RETURN_IF_ERROR(gpu_->upload(pool_.span()));
     for (const std::string& transport : options_.transports) {
       BATON_RETURN_IF_ERROR(measure_transport(transport).with_context(fmt::format("transport {}", transport)));
@@ -205,6 +206,9 @@ class Initiator {
     BATON_ASSIGN_OR_RETURN(BenchReply opened, call(open));
     result_.target_device = opened.device;
 
+    BenchRequest fill{.command = BenchCommand::kFill};
+    fill.count = options_.seed + (uint64_t{1} << 32);
+    if (reads()) BATON_RETURN_IF_ERROR(call(fill).status());
     uint64_t resident_before = resident_bytes();
     int64_t begin_ns = now_ns();
     transfer::AgentConfig config;
@@ -220,7 +224,7 @@ class Initiator {
     begin_ns = now_ns();
     BATON_ASSIGN_OR_RETURN(peer_, agent_.agent->connect(opened.text));
     uint64_t smallest = *std::min_element(options_.block_bytes.begin(), options_.block_bytes.end());
-    BATON_RETURN_IF_ERROR(write({{0, 0}}, smallest, smallest, Tag::kNone).status());
+    BATON_RETURN_IF_ERROR(move({{0, 0}}, smallest, smallest).status());
     path.connect_ms = ms_since(begin_ns);
     uint64_t resident_after = resident_bytes();
     path.initiator_bytes = resident_after - std::min(resident_after, resident_before);
@@ -237,7 +241,11 @@ class Initiator {
 
     std::vector<Baseline> baselines;
     if (options_.baseline) open_baselines(path, baselines);
-    if (options_.pings > 0 && !options_.integrity) BATON_RETURN_IF_ERROR(measure_notifications(path));
+    if (options_.pings > 0 && reads()) {
+      BATON_RETURN_IF_ERROR(measure_read_latency(path));
+    } else if (options_.pings > 0 && !options_.integrity) {
+      BATON_RETURN_IF_ERROR(measure_notifications(path));
+    }
     for (uint64_t block_bytes : options_.block_bytes) {
       for (uint64_t blocks : block_counts(options_, block_bytes)) {
         for (const char* order : {"scattered", "contiguous"}) {
@@ -262,22 +270,29 @@ class Initiator {
   }
 
   /// One transfer of ours, waited for. Nanoseconds.
-  Result<int64_t> write(std::vector<BlockPair> blocks, uint64_t block_bytes, uint64_t bytes, Tag tag) {
+  Result<int64_t> move(std::vector<BlockPair> blocks, uint64_t block_bytes, uint64_t bytes) {
     BATON_ASSIGN_OR_RETURN(PoolId pool, agent_.pool_of(block_bytes));
-    BlockWrite write;
-    write.local_pool = pool;
-    write.remote_pool = pool;
-    write.blocks = std::move(blocks);
-    write.length_bytes = bytes;
-    write.tag = tag;
-    int64_t begin_ns = now_ns();
-    BATON_ASSIGN_OR_RETURN(Transfer transfer, peer_.write(std::move(write)));
+    int64_t begin_ns = 0;
+    const auto start = [&](auto operation) {
+      operation.local_pool = pool;
+      operation.remote_pool = pool;
+      operation.blocks = std::move(blocks);
+      operation.length_bytes = bytes;
+      begin_ns = now_ns();
+      if constexpr (std::is_same_v<decltype(operation), BlockRead>) {
+        return peer_.read(std::move(operation));
+      } else {
+        return peer_.write(std::move(operation));
+      }
+    };
+    BATON_ASSIGN_OR_RETURN(Transfer transfer, reads() ? start(BlockRead()) : start(BlockWrite()));
     // As cuStreamSynchronize() does beside it: waking a thread can take longer than a copy between GPUs.
     while (gpu_ && !transfer.done() && now_ns() - begin_ns < kGpuSpinNs) {
     }
     BATON_RETURN_IF_ERROR(transfer.wait());
     return now_ns() - begin_ns;
   }
+  bool reads() const { return options_.operation == "read"; }
 
   /// In transfers of up to 256 MiB, since each has a deadline.
   Status first_pass(BenchPath& path, uint64_t block_bytes) {
@@ -286,7 +301,7 @@ class Initiator {
     for (uint64_t block = 0; block < count;) {
       std::vector<BlockPair> pairs;
       for (uint64_t i = 0; i < at_once && block < count; ++i, ++block) pairs.push_back({static_cast<uint32_t>(block), static_cast<uint32_t>(block)});
-      BATON_ASSIGN_OR_RETURN(int64_t ns, write(std::move(pairs), block_bytes, block_bytes, Tag::kNone));
+      BATON_ASSIGN_OR_RETURN(int64_t ns, move(std::move(pairs), block_bytes, block_bytes));
       all_ns += ns;
     }
     path.first_pass_bytes_per_s = static_cast<double>(count * block_bytes) * 1e9 / static_cast<double>(all_ns);
@@ -315,20 +330,23 @@ class Initiator {
     }
     if (path.transport == "shm") {
       add("memcpy", open_raw_memory(), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
-        return raw_copy_->copy(pool_.data(), pairs, block_bytes);
+        return reads() ? raw_copy_->copy_back(pool_.data(), pairs, block_bytes) : raw_copy_->copy(pool_.data(), pairs, block_bytes);
       });
-      add("process_vm_writev", raw_write_ ? Status() : unavailable("the pool's address is not known"),
-          [this](std::span<const BlockPair> pairs, uint64_t block_bytes) { return raw_write_->copy(pool_.data(), pairs, block_bytes); });
+      add(reads() ? "process_vm_readv" : "process_vm_writev", raw_write_ ? Status() : unavailable("the pool's address is not known"),
+          [this](std::span<const BlockPair> pairs, uint64_t block_bytes) {
+            return reads() ? raw_write_->copy_back(pool_.data(), pairs, block_bytes) : raw_write_->copy(pool_.data(), pairs, block_bytes);
+          });
       return;
     }
     if (path.transport == "sim") return;
     add("libfabric", open_raw_fabric(path.provider), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
       BATON_RETURN_IF_ERROR(channel_->send(encode(BenchRequest{.command = BenchCommand::kRawFabricRun})));
-      Result<double> seconds = raw_fabric_->write(pairs, block_bytes, kWindow, options_.timeout_ms);
+      Result<double> seconds = reads() ? raw_fabric_->read(pairs, block_bytes, kWindow, options_.timeout_ms)
+                                       : raw_fabric_->write(pairs, block_bytes, kWindow, options_.timeout_ms);
       BATON_RETURN_IF_ERROR(stop_raw_fabric());
       return seconds;
     });
-    if (path.transport == "tcp") {
+    if (path.transport == "tcp" && !reads()) {
       add("socket", open_raw_socket(), [this](std::span<const BlockPair> pairs, uint64_t block_bytes) -> Result<double> {
         BenchRequest request{.command = BenchCommand::kRawSocketRun};
         request.bytes = pairs.size() * block_bytes;
@@ -400,16 +418,37 @@ class Initiator {
       return internal_error("this side writes over {}, the target over {}", path.transport, attached.text);
     }
     for (uint64_t bytes : {uint64_t{4} << 10, uint64_t{64} << 10}) {
-      uint64_t block_bytes = 0;  // of the smallest pool that has room for it
-      for (uint64_t size : options_.block_bytes) {
-        if (size >= bytes && (block_bytes == 0 || size < block_bytes)) block_bytes = size;
-      }
+      const uint64_t block_bytes = smallest_with_room(bytes);
       if (block_bytes == 0) continue;
       BATON_ASSIGN_OR_RETURN(BenchNotification notification, measure_notification(block_bytes, bytes));
       if (raw_socket_) BATON_RETURN_IF_ERROR(measure_socket_echo(bytes, notification));
       path.notifications.push_back(notification);
     }
     return {};
+  }
+
+  /// One block at a time, from read() until it is here.
+  Status measure_read_latency(BenchPath& path) {
+    for (uint64_t bytes : {uint64_t{4} << 10, uint64_t{64} << 10}) {
+      const uint64_t block_bytes = smallest_with_room(bytes);
+      if (block_bytes == 0) continue;
+      std::vector<double> latencies_us;
+      const int32_t warmup = std::min(options_.pings, 50);
+      for (int32_t i = 0; i < warmup + options_.pings; ++i) {
+        BATON_ASSIGN_OR_RETURN(int64_t ns, move({{0, 0}}, block_bytes, bytes));
+        if (i >= warmup) latencies_us.push_back(static_cast<double>(ns) * 1e-3);
+      }
+      const Distribution distribution = describe(latencies_us);
+      path.notifications.push_back({bytes, distribution.p50, distribution.p99, *std::min_element(latencies_us.begin(), latencies_us.end()), 0});
+    }
+    return {};
+  }
+  uint64_t smallest_with_room(uint64_t bytes) const {
+    uint64_t found = 0;
+    for (uint64_t size : options_.block_bytes) {
+      if (size >= bytes && (found == 0 || size < found)) found = size;
+    }
+    return found;
   }
 
   Result<BenchNotification> measure_notification(uint64_t block_bytes, uint64_t bytes) {
@@ -491,9 +530,9 @@ class Initiator {
         BATON_RETURN_IF_ERROR(measure(ours, counts, [&]() -> Result<double> {
           if (gpu_) {
             // The agents' threads have gone to sleep over the talk with the target. Waking them would take as long as the copy.
-            BATON_RETURN_IF_ERROR(write({pairs.front()}, block_bytes, sizeof(uint64_t), Tag::kNone).status());
+            BATON_RETURN_IF_ERROR(move({pairs.front()}, block_bytes, sizeof(uint64_t)).status());
           }
-          BATON_ASSIGN_OR_RETURN(int64_t ns, write(pairs, block_bytes, block_bytes, Tag::kNone));
+          BATON_ASSIGN_OR_RETURN(int64_t ns, move(pairs, block_bytes, block_bytes));
           return static_cast<double>(ns) * 1e-9;
         }));
         if (options_.verify) BATON_RETURN_IF_ERROR(check(pairs, block_bytes));
@@ -559,17 +598,29 @@ class Initiator {
     for (const BlockPair& pair : pairs) request.blocks.push_back(pair.remote_block);
     return request;
   }
+  /// So that only what is moved is right afterwards.
   Status prepare(std::span<const BlockPair> pairs, uint64_t block_bytes) {
+    if (reads()) {
+      for (const BlockPair& pair : pairs) {
+        if (gpu_) BATON_RETURN_IF_ERROR(gpu_->fill(pair.local_block * block_bytes, block_bytes, 0xee));
+        if (!gpu_) std::memset(pool_.data() + pair.local_block * block_bytes, 0xee, block_bytes);
+      }
+      return {};
+    }
     return call(about_blocks(BenchCommand::kPrepare, pairs, block_bytes)).status();
   }
   Status check(std::span<const BlockPair> pairs, uint64_t block_bytes) {
     BenchRequest request = about_blocks(BenchCommand::kCheck, pairs, block_bytes);
     for (const BlockPair& pair : pairs) {
+      if (gpu_ && reads()) {
+        BATON_RETURN_IF_ERROR(gpu_->download(pair.local_block * block_bytes, pool_.span().subspan(pair.local_block * block_bytes, block_bytes)));
+      }
       request.hashes.push_back(hash_block(pool_.span().subspan(pair.local_block * block_bytes, block_bytes)));
     }
     BATON_ASSIGN_OR_RETURN(BenchReply reply, call(request));
     if (reply.bad_blocks > 0) {
-      return data_loss("{} of {} blocks of {} bytes are wrong in the target's memory", reply.bad_blocks, pairs.size(), block_bytes);
+      return data_loss("{} of {} blocks of {} bytes are wrong in {} memory", reply.bad_blocks, pairs.size(), block_bytes,
+                       reads() ? "this process's" : "the target's");
     }
     result_.verified_blocks += pairs.size();
     return {};
@@ -600,6 +651,7 @@ Status BenchTransferOptions::validate() const {
     return invalid_argument("--block-bytes has {} sizes; 1 to {} are possible", block_bytes.size(), kMaxBenchSizes);
   }
   if (pool_bytes == 0 || pool_bytes % 8 != 0) return invalid_argument("--pool-bytes is {}; it must be a positive multiple of 8", pool_bytes);
+  if (operation != "write" && operation != "read") return invalid_argument("--operation is '{}'; there are write and read", operation);
   if (order != "scattered" && order != "contiguous" && order != "both") {
     return invalid_argument("--order is '{}'; there are scattered, contiguous and both", order);
   }

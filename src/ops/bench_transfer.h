@@ -10,9 +10,10 @@
 namespace baton::ops {
 
 /// What `baton bench transfer` measures: the transfer library between two real processes, this one (the initiator, which
-/// writes) and a target on this or another host, beside the same copies with nothing of ours around them.
+/// writes or reads) and a target on this or another host, beside the same copies with nothing of ours around them.
 struct BenchTransferOptions {
   std::vector<std::string> transports = {"auto"};
+  std::string operation = "write";   ///< write: from here into the target's memory; read: the other way
   std::vector<uint64_t> block_bytes = {4u << 10, 16u << 10, 64u << 10, 256u << 10, 1u << 20, 4u << 20, 16u << 20};
   /// Blocks of one transfer; empty: as many as come to 32 MiB (of GPU memory 256 MiB), one at least.
   std::vector<uint64_t> blocks;
@@ -62,7 +63,7 @@ struct BenchTransferRow {
   std::string order;
   uint64_t block_bytes = 0, blocks = 0;
   Spread bytes_per_s;
-  double ms = 0;          ///< one transfer, median: from write() until it is known to be delivered
+  double ms = 0;          ///< one transfer, median: from write() until it is known to be delivered; from read() until it is here
   double initiator_cpu_s_per_gb = 0, target_cpu_s_per_gb = 0;
   uint64_t retries = 0;   ///< "not now" answers of the transport, all runs
   std::vector<BenchBaseline> baselines;
@@ -70,7 +71,8 @@ struct BenchTransferRow {
 
 struct BenchNotification {
   uint64_t bytes = 0;
-  double p50_us = 0, p99_us = 0, min_us = 0;  ///< half of: written, counted there, answered the same way, counted here
+  /// Writes: half of: written, counted there, answered the same way, counted here. Reads: from read() until done.
+  double p50_us = 0, p99_us = 0, min_us = 0;
   double socket_p50_us = 0;                   ///< the same with a plain socket; 0: not measured
 };
 
@@ -78,7 +80,7 @@ struct BenchNotification {
 struct BenchPath {
   std::string asked, transport, provider, reason;
   double agent_ms = 0;           ///< opening the agent
-  double connect_ms = 0;         ///< from connect() to the first block delivered
+  double connect_ms = 0;         ///< from connect() to the first block delivered (or read)
   double first_pass_bytes_per_s = 0;  ///< the whole pool once: registers, maps and touches whatever it has to
   uint64_t initiator_bytes = 0;  ///< resident memory that agent, connection and one write added
   uint64_t target_bytes = 0;

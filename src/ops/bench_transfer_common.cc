@@ -29,6 +29,11 @@ std::string host_id() {
   return id.substr(0, 64);
 }
 
+void fill_words(std::span<std::byte> memory, uint64_t seed) {
+  auto* words = reinterpret_cast<uint64_t*>(memory.data());
+  for (size_t i = 0; i < memory.size() / sizeof(uint64_t); ++i) words[i] = mix_bits(seed + i);
+}
+
 uint64_t hash_block(std::span<const std::byte> block) { return XXH3_64bits(block.data(), block.size()); }
 
 Result<BenchAgent> BenchAgent::open(const transfer::AgentConfig& config, std::span<std::byte> memory, transfer::MemoryKind kind,

@@ -15,6 +15,8 @@ uint64_t process_cpu_ns();
 uint64_t resident_bytes();
 /// Which running kernel this is: equal on both sides means one host.
 std::string host_id();
+/// Words that differ from each other, by a seed.
+void fill_words(std::span<std::byte> memory, uint64_t seed);
 uint64_t hash_block(std::span<const std::byte> block);
 
 /// An agent with one pool per block size, all over the same memory.

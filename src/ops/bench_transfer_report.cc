@@ -15,9 +15,9 @@ double mib(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 std::string what_is_moved(const BenchTransferResult& result) {
   const BenchTransferOptions& o = result.options;
-  const std::string where = o.memory == "cuda" ? fmt::format("GPU memory: {} to {}", result.device, result.target_device)
+  const std::string where = o.memory == "cuda" ? fmt::format("GPU memory: {} {} {}", result.device, o.operation == "read" ? "from" : "to", result.target_device)
                                                : fmt::format("the target's {}", o.memory);
-  return fmt::format("pools of {}, {}; blocks drawn anew from all of it for each run; medians of {} runs{}", format_bytes(o.pool_bytes),
+  return fmt::format("{}pools of {}, {}; blocks drawn anew from all of it for each run; medians of {} runs{}", o.operation == "read" ? "reads; " : "", format_bytes(o.pool_bytes),
                      where, o.runs, o.integrity ? "; integrity mode: every block is hashed on both sides" : "");
 }
 
@@ -36,17 +36,17 @@ std::string escape_html(std::string_view text) {
   return out;
 }
 
-std::string notifications_line(const BenchPath& path) {
+std::string notifications_line(const BenchPath& path, bool reads) {
   std::string out;
   for (const BenchNotification& n : path.notifications) {
-    out += fmt::format("{}{} written and notified {:.1f} us (p99 {:.1f}, best {:.1f}{})", out.empty() ? "" : "; ", format_bytes(n.bytes), n.p50_us,
-                       n.p99_us, n.min_us, n.socket_p50_us > 0 ? fmt::format("; plain socket {:.1f}", n.socket_p50_us) : "");
+    out += fmt::format("{}{} {} {:.1f} us (p99 {:.1f}, best {:.1f}{})", out.empty() ? "" : "; ", format_bytes(n.bytes),
+                       reads ? "read in" : "written and notified", n.p50_us, n.p99_us, n.min_us, n.socket_p50_us > 0 ? fmt::format("; plain socket {:.1f}", n.socket_p50_us) : "");
   }
   return out;
 }
 
 std::string costs_line(const BenchPath& path) {
-  return fmt::format("agent opened in {:.1f} ms, first block delivered {:.1f} ms after connect(), first pass over the pool {:.2f} GB/s; memory added {:.1f} + {:.1f} MiB, "
+  return fmt::format("agent opened in {:.1f} ms, first block moved {:.1f} ms after connect(), first pass over the pool {:.2f} GB/s; memory added {:.1f} + {:.1f} MiB, "
                      "resident in all {:.0f} + {:.0f} MiB (initiator + target)",
                      path.agent_ms, path.connect_ms, gb(path.first_pass_bytes_per_s), mib(path.initiator_bytes), mib(path.target_bytes), mib(path.initiator_resident_bytes),
                      mib(path.target_resident_bytes));
@@ -65,10 +65,10 @@ std::string format_bytes(uint64_t bytes) {
 }
 
 std::string bench_transfer_table(const BenchTransferResult& result) {
-  std::string out = fmt::format("to {}; {}\n", result.target, what_is_moved(result));
+  std::string out = fmt::format("{} {}; {}\n", result.options.operation == "read" ? "from" : "to", result.target, what_is_moved(result));
   for (const BenchPath& path : result.paths) {
     out += fmt::format("\n{} ({}, {})\n  {}\n", path.transport, path.provider, path.reason, costs_line(path));
-    if (!path.notifications.empty()) out += fmt::format("  {}\n", notifications_line(path));
+    if (!path.notifications.empty()) out += fmt::format("  {}\n", notifications_line(path, result.options.operation == "read"));
     out += fmt::format("\n{:<11}{:>9}{:>8}{:>8}{:>16}{:>10}{:>16}{:>9}   {}\n", "order", "block", "blocks", "GB/s", "min .. max", "ms", "CPU s/GB",
                        "retries", "beside: GB/s (ours / it, its CPU s/GB)");
     for (const BenchTransferRow& row : result.rows) {
@@ -110,7 +110,7 @@ std::string bench_transfer_json(const BenchTransferResult& result) {
                     {"bytes_per_s", to_json(row.bytes_per_s)}, {"ms", row.ms}, {"initiator_cpu_s_per_gb", row.initiator_cpu_s_per_gb},
                     {"target_cpu_s_per_gb", row.target_cpu_s_per_gb}, {"retries", row.retries}, {"baselines", baselines}});
   }
-  ordered_json out = {{"target", result.target}, {"pool_bytes", o.pool_bytes}, {"memory", o.memory}, {"device", result.device}, {"target_device", result.target_device}, {"runs", o.runs}, {"integrity", o.integrity}, {"seed", o.seed},
+  ordered_json out = {{"target", result.target}, {"operation", o.operation}, {"pool_bytes", o.pool_bytes}, {"memory", o.memory}, {"device", result.device}, {"target_device", result.target_device}, {"runs", o.runs}, {"integrity", o.integrity}, {"seed", o.seed},
                       {"verified_blocks", result.verified_blocks}, {"paths", paths}, {"rows", rows}};
   return out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
@@ -119,7 +119,7 @@ std::string bench_transfer_html(const BenchTransferResult& result) {
   std::string body;
   for (const BenchPath& path : result.paths) {
     body += fmt::format("<h2>{} <small>({}, {})</small></h2><p>{}</p><p>{}</p>", escape_html(path.transport), escape_html(path.provider),
-                        escape_html(path.reason), costs_line(path), notifications_line(path));
+                        escape_html(path.reason), costs_line(path), notifications_line(path, result.options.operation == "read"));
     std::string pictures;
     for (const char* order : {"scattered", "contiguous"}) {
       std::vector<Series> lines = {{"baton", {}}};
@@ -153,8 +153,8 @@ std::string bench_transfer_html(const BenchTransferResult& result) {
       "body{{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}}"
       "table{{border-collapse:collapse}}td,th{{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}}"
       "td:first-child{{text-align:left}}svg{{max-width:480px;width:100%;height:auto}}</style></head><body>"
-      "<h1>baton bench transfer</h1><p>to {}; {}</p>{}</body></html>\n",
-      escape_html(result.target), escape_html(what_is_moved(result)), body);
+      "<h1>baton bench transfer</h1><p>{} {}; {}</p>{}</body></html>\n",
+      result.options.operation == "read" ? "from" : "to", escape_html(result.target), escape_html(what_is_moved(result)), body);
 }
 
 }  // namespace baton::ops

@@ -100,6 +100,15 @@ class Target {
       case BenchCommand::kAttach: return attach(request, reply);
       case BenchCommand::kEcho: return echo(request, reply);
       case BenchCommand::kEchoStop: echo_.reset(); return {};
+      case BenchCommand::kFill:
+        if (gpu_) {
+          BATON_ASSIGN_OR_RETURN(MappedMemory words, MappedMemory::create_private(gpu_->bytes()));
+          fill_words(words.span(), request.count);
+          return gpu_->upload(words.span());
+        }
+        if (!pool_) return failed_precondition("there is no pool");
+        fill_words(pool_.span(), request.count);
+        return {};
       case BenchCommand::kPrepare:
         return for_each_block(request, [this](uint64_t offset, size_t) -> Status {
           if (gpu_) return gpu_->fill(offset, block_bytes_, 0xee);

@@ -12,7 +12,7 @@
 /// one stream socket. Frame: length (u32, little-endian, of what follows), then one record.
 namespace baton::ops {
 
-inline constexpr uint32_t kBenchWireVersion = 2;
+inline constexpr uint32_t kBenchWireVersion = 3;
 inline constexpr size_t kMaxBenchFrameBytes = 8u << 20;
 inline constexpr size_t kMaxBenchBlocks = 1u << 18;  ///< of one transfer
 inline constexpr size_t kMaxBenchSizes = 64;         ///< block sizes of one run
@@ -23,6 +23,7 @@ enum class BenchCommand : uint8_t {
   kAttach,          ///< metadata: connect back to the initiator's agent
   kEcho,            ///< block_bytes, tag, count: answer every block that arrives with one, to that tag
   kEchoStop,
+  kFill,            ///< count: a seed; every word of the pool differs from the others
   kPrepare,         ///< block_bytes, blocks: overwrite these
   kCheck,           ///< block_bytes, blocks, hashes: compare
   kUsage,           ///< CPU time and memory of the target's process

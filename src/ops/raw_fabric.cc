@@ -40,7 +40,7 @@ Status failed(const char* what, ssize_t error) { return unavailable("raw libfabr
 Result<fi_info*> find(const std::string& provider, const std::string& ip, bool delivery_complete) {
   Info hints(fi_allocinfo());
   if (!hints) return resource_exhausted("fi_allocinfo failed");
-  hints->caps = FI_RMA | FI_WRITE | FI_REMOTE_WRITE;
+  hints->caps = FI_RMA | FI_WRITE | FI_REMOTE_WRITE | FI_READ | FI_REMOTE_READ;
   hints->mode = FI_CONTEXT | FI_CONTEXT2;
   hints->ep_attr->type = FI_EP_RDM;
   hints->domain_attr->threading = FI_THREAD_SAFE;
@@ -85,7 +85,7 @@ class RawFabricEndpoint final : public RawFabric {
     cq_attr.wait_obj = FI_WAIT_NONE;
     BATON_RETURN_IF_ERROR(make("fi_cq_open", queue_, [&](fid_cq** fid) { return fi_cq_open(domain_.get(), &cq_attr, fid, nullptr); }));
     BATON_RETURN_IF_ERROR(make("fi_mr_reg", region_, [&](fid_mr** fid) {
-      return fi_mr_reg(domain_.get(), memory_.data(), memory_.size(), FI_WRITE | FI_REMOTE_WRITE, 0, 77, 0, fid, nullptr);
+      return fi_mr_reg(domain_.get(), memory_.data(), memory_.size(), FI_WRITE | FI_REMOTE_WRITE | FI_READ | FI_REMOTE_READ, 0, 77, 0, fid, nullptr);
     }));
     BATON_RETURN_IF_ERROR(make("fi_endpoint", endpoint_, [&](fid_ep** fid) { return fi_endpoint(domain_.get(), info, fid, nullptr); }));
     int error = fi_ep_bind(endpoint_.get(), &addresses_->fid, 0);
@@ -133,6 +133,19 @@ class RawFabricEndpoint final : public RawFabric {
   }
 
   Result<double> write(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms) override {
+    return move(blocks, block_bytes, window, timeout_ms, [this](std::byte* local, void* descriptor, uint64_t bytes, uint64_t remote, void* context) {
+      return fi_write(endpoint_.get(), local, bytes, descriptor, peer_, remote, key_, context);
+    });
+  }
+  Result<double> read(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms) override {
+    return move(blocks, block_bytes, window, timeout_ms, [this](std::byte* local, void* descriptor, uint64_t bytes, uint64_t remote, void* context) {
+      return fi_read(endpoint_.get(), local, bytes, descriptor, peer_, remote, key_, context);
+    });
+  }
+
+ private:
+  template <typename Post>
+  Result<double> move(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms, Post post) {
     window = std::min(window, kMaxWindow);
     size_t under_way = 0;
     void* descriptor = wants(FI_MR_LOCAL) ? fi_mr_desc(region_.get()) : nullptr;
@@ -145,7 +158,7 @@ class RawFabricEndpoint final : public RawFabric {
       if (n == -FI_EAGAIN) {
         // The clock is not part of what is measured: look at it rarely.
         if (++idle_turns % 65536 == 0 && SteadyClock::instance().now_ns() > deadline_ns) {
-          return deadline_exceeded("raw libfabric: {} writes have not ended in {} ms", under_way, timeout_ms);
+          return deadline_exceeded("raw libfabric: {} operations have not ended in {} ms", under_way, timeout_ms);
         }
         return {};
       }
@@ -158,10 +171,10 @@ class RawFabricEndpoint final : public RawFabric {
       while (under_way >= window || (under_way > 0 && (under_way + 1) * block_bytes > kMaxInflightBytes)) BATON_RETURN_IF_ERROR(reap());
       fi_context2* context = free_.back();
       while (true) {
-        ssize_t error = fi_write(endpoint_.get(), memory_.data() + pair.local_block * block_bytes, block_bytes, descriptor, peer_,
-                                 base_ + pair.remote_block * block_bytes, key_, context);
+        ssize_t error = post(memory_.data() + pair.local_block * block_bytes, descriptor, block_bytes,
+                             base_ + pair.remote_block * block_bytes, context);
         if (error == 0) break;
-        if (error != -FI_EAGAIN) return failed("fi_write", error);
+        if (error != -FI_EAGAIN) return failed("fi_write or fi_read", error);
         BATON_RETURN_IF_ERROR(reap());
         // What came back was put behind `context`.
         context = free_.back();
@@ -173,7 +186,6 @@ class RawFabricEndpoint final : public RawFabric {
     return static_cast<double>(SteadyClock::instance().now_ns() - begin_ns) * 1e-9;
   }
 
- private:
   template <typename Handle, typename Open>
   Status make(const char* what, Handle& handle, Open open) {
     typename Handle::Handle fid = nullptr;
@@ -187,7 +199,7 @@ class RawFabricEndpoint final : public RawFabric {
     if (error != -FI_EAVAIL) return failed("fi_cq_read", error);
     fi_cq_err_entry entry{};
     (void)fi_cq_readerr(queue_.get(), &entry, 0);
-    return failed("a write", -entry.err);
+    return failed("an operation", -entry.err);
   }
 
   std::span<std::byte> memory_;

@@ -9,7 +9,7 @@
 #include "base/status.h"
 #include "transfer/include/baton/transfer.h"
 
-/// libfabric with nothing around it: one endpoint, one queue that is polled, fi_write() for every block.
+/// libfabric with nothing around it: one endpoint, one queue that is polled, fi_write() or fi_read() for every block.
 namespace baton::ops {
 
 class RawFabric {
@@ -30,6 +30,8 @@ class RawFabric {
   virtual Status connect(const std::string& name, uint64_t remote_base, uint64_t remote_key, int64_t timeout_ms) = 0;
   /// Seconds until all blocks are delivered; `window` writes and 32 MiB are under way at most.
   virtual Result<double> write(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms) = 0;
+  /// The same from the other side's memory.
+  virtual Result<double> read(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms) = 0;
 };
 
 }  // namespace baton::ops

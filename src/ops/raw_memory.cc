@@ -48,7 +48,15 @@ double RawSharedCopy::copy(const std::byte* local, std::span<const transfer::Blo
   return seconds_since(begin_ns);
 }
 
-Result<double> RawProcessWrite::copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const {
+double RawSharedCopy::copy_back(std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const {
+  int64_t begin_ns = SteadyClock::instance().now_ns();
+  for (const transfer::BlockPair& pair : blocks) {
+    std::memcpy(local + pair.local_block * block_bytes, remote_ + pair.remote_block * block_bytes, block_bytes);
+  }
+  return seconds_since(begin_ns);
+}
+
+Result<double> RawProcessWrite::move(std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, bool back) const {
   constexpr size_t kPieces = 512, kBytes = 2u << 20;
   int64_t begin_ns = SteadyClock::instance().now_ns();
   size_t next = 0;
@@ -56,13 +64,13 @@ Result<double> RawProcessWrite::copy(const std::byte* local, std::span<const tra
     iovec here[kPieces], there[kPieces];
     size_t count = 0, bytes = 0;
     for (; next < blocks.size() && count < kPieces && (bytes == 0 || bytes + block_bytes <= kBytes); ++next, ++count) {
-      here[count] = {const_cast<std::byte*>(local) + blocks[next].local_block * block_bytes, block_bytes};
+      here[count] = {local + blocks[next].local_block * block_bytes, block_bytes};
       there[count] = {reinterpret_cast<void*>(address_ + blocks[next].remote_block * block_bytes), block_bytes};
       bytes += block_bytes;
     }
-    ssize_t n = ::process_vm_writev(pid_, here, count, there, count, 0);
+    ssize_t n = (back ? ::process_vm_readv : ::process_vm_writev)(pid_, here, count, there, count, 0);
     if (n != static_cast<ssize_t>(bytes)) {
-      return unavailable("process_vm_writev to process {}: {}", pid_, n < 0 ? std::strerror(errno) : "cut short");
+      return unavailable("process_vm_{}v of process {}: {}", back ? "read" : "write", pid_, n < 0 ? std::strerror(errno) : "cut short");
     }
   }
   return seconds_since(begin_ns);

@@ -13,7 +13,7 @@
 /// shows beside the agent. Plain loops on purpose.
 namespace baton::ops {
 
-/// One block after the other with memcpy(), from this process's memory into memory that another process has, too.
+/// One block after the other with memcpy(), from this process's memory into memory that another process has, too, or back.
 class RawSharedCopy {
  public:
   /// Maps `fd` of process `pid` (both on this host, same user).
@@ -23,6 +23,7 @@ class RawSharedCopy {
   ~RawSharedCopy();
   /// Seconds.
   double copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
+  double copy_back(std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
 
  private:
   RawSharedCopy(std::byte* remote, size_t bytes) : remote_(remote), bytes_(bytes) {}
@@ -30,13 +31,20 @@ class RawSharedCopy {
   size_t bytes_;
 };
 
-/// process_vm_writev() with as many blocks a call as come to about 2 MiB, 512 at most.
+/// process_vm_writev() or process_vm_readv() with as many blocks a call as come to about 2 MiB, 512 at most.
 class RawProcessWrite {
  public:
   RawProcessWrite(uint64_t pid, uint64_t address) : pid_(static_cast<int>(pid)), address_(address) {}
-  Result<double> copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
+  Result<double> copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const {
+    return move(const_cast<std::byte*>(local), blocks, block_bytes, false);
+  }
+  Result<double> copy_back(std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const {
+    return move(local, blocks, block_bytes, true);
+  }
 
  private:
+  Result<double> move(std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, bool back) const;
+
   int pid_;
   uint64_t address_;
 };

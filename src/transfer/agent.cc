@@ -191,6 +191,7 @@ void AgentCore::stop() {
     {
       std::lock_guard lock(mutex_);
       take_incoming();
+      readers_.clear();
       // The memory goes back to its owner: nobody may write into it any more.
       for (const auto& backend : backends_) {
         if (Status shut = backend->shut_out(); !shut.ok()) inbound = shut;
@@ -224,6 +225,9 @@ void AgentCore::stop() {
   std::lock_guard lock(mutex_);
   incoming_checks_.clear();
   unsent_answers_.clear();
+  unsent_read_answers_.clear();
+  open_reads_.clear();
+  unused_paths_.clear();
   busy_.clear();
   peers_.clear();
   backends_.clear();
@@ -279,11 +283,15 @@ Result<PoolId> AgentCore::add_pool(PoolConfig pool) {
 }
 
 std::string AgentCore::metadata() const {
+  std::lock_guard lock(mutex_);
+  return metadata_now();
+}
+
+std::string AgentCore::metadata_now() const {
   Metadata metadata;
   metadata.name = config_.name;
   metadata.epoch = epoch_;
   metadata.host_id = host_id_;
-  std::lock_guard lock(mutex_);
   metadata.serial = serial_;
   {
     std::lock_guard handover(handover_mutex_);
@@ -362,6 +370,7 @@ Result<PeerPaths> AgentCore::connect(std::string_view bytes) {
                  : failed_precondition("no path for {} memory to '{}': there is no {} memory here (it has to be registered "
                                        "before connect())", kinds_name(from, to), metadata.name, kind_name(from));
       if (path.ok()) {
+        (*path)->wanted = true;
         paths.cores[index] = std::move(*path);
         continue;
       }
@@ -407,90 +416,107 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   return peer;
 }
 
-Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite write,
-                                         std::function<void(const Status&)> on_done) {
-  const Metadata& metadata = paths.main().metadata;
-  const Metadata::Pool* remote = nullptr;
-  for (const Metadata::Pool& pool : metadata.pools) {
-    if (pool.id == static_cast<uint32_t>(write.remote_pool)) remote = &pool;
-  }
-  LocalPool local;
+Result<AgentCore::Ends> AgentCore::check_ends(const Metadata& peer, PoolId local, PoolId remote,
+                                              std::span<const BlockPair> blocks, uint64_t offset_bytes, uint64_t length_bytes,
+                                              const char* arrow) const {
+  Ends ends;
   {
     std::lock_guard lock(handover_mutex_);
-    if (static_cast<size_t>(write.local_pool) >= pools_.size()) {
-      return invalid_argument("there is no local pool {}", static_cast<uint32_t>(write.local_pool));
+    if (static_cast<size_t>(local) >= pools_.size()) {
+      return invalid_argument("there is no local pool {}", static_cast<uint32_t>(local));
     }
-    local = pools_[static_cast<size_t>(write.local_pool)];
+    ends.local = pools_[static_cast<size_t>(local)];
   }
-  if (remote == nullptr) {
-    return invalid_argument("'{}' has no pool {}", metadata.name, static_cast<uint32_t>(write.remote_pool));
+  auto found = std::find_if(peer.pools.begin(), peer.pools.end(),
+                            [&](const Metadata::Pool& pool) { return pool.id == static_cast<uint32_t>(remote); });
+  if (found == peer.pools.end()) {
+    return invalid_argument("'{}' has no pool {}", peer.name, static_cast<uint32_t>(remote));
   }
-  MemoryKind kind = local.region.impl()->kind();
-  if (write.after != nullptr && kind != MemoryKind::kCuda) {
-    return invalid_argument("'after' is an event of the GPU, and pool {} is host memory", local.id);
+  ends.remote = *found;
+  const uint64_t stride = std::min(ends.local.stride_bytes, ends.remote.stride_bytes);
+  if (length_bytes == 0 || length_bytes > stride || offset_bytes > stride - length_bytes) {
+    return invalid_argument("{} bytes from offset {} are outside of blocks of {} (here) and {} bytes ('{}')", length_bytes,
+                            offset_bytes, ends.local.stride_bytes, ends.remote.stride_bytes, peer.name);
   }
-  const std::shared_ptr<PeerCore>& peer = paths.of(kind, remote->kind);
-  if (peer == nullptr) return paths.missing[PeerPaths::index(kind, remote->kind)];
-  uint64_t stride = std::min(local.stride_bytes, remote->stride_bytes);
-  if (write.length_bytes == 0 || write.length_bytes > stride || write.offset_bytes > stride - write.length_bytes) {
-    return invalid_argument("{} bytes from offset {} are outside of blocks of {} (here) and {} bytes ('{}')",
-                            write.length_bytes, write.offset_bytes, local.stride_bytes, remote->stride_bytes,
-                            peer->metadata.name);
-  }
-  const BlockBounds bounds = bounds_of(write.blocks);
-  const bool outside = bounds.local >= local.count || bounds.remote >= remote->count;
-  for (const BlockPair& pair : write.blocks) {
+  const BlockBounds bounds = bounds_of(blocks);
+  ends.last_remote_block = bounds.remote;
+  const bool outside = !blocks.empty() && (bounds.local >= ends.local.count || bounds.remote >= ends.remote.count);
+  for (const BlockPair& pair : blocks) {
     if (!outside) break;
-    if (pair.local_block >= local.count || pair.remote_block >= remote->count) {
-      return invalid_argument("block {} -> {}: this pool has {} blocks, that of '{}' has {}", pair.local_block,
-                              pair.remote_block, local.count, peer->metadata.name, remote->count);
+    if (pair.local_block >= ends.local.count || pair.remote_block >= ends.remote.count) {
+      return invalid_argument("block {} {} {}: this pool has {} blocks, that of '{}' has {}", pair.local_block, arrow,
+                              pair.remote_block, ends.local.count, peer.name, ends.remote.count);
     }
+  }
+  return ends;
+}
+
+Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite write,
+                                         std::function<void(const Status&)> on_done, bool integrity) {
+  BATON_ASSIGN_OR_RETURN(Ends ends, check_ends(paths.main().metadata, write.local_pool, write.remote_pool, write.blocks,
+                                               write.offset_bytes, write.length_bytes, "->"));
+  const MemoryKind kind = ends.local.region.impl()->kind();
+  if (write.after != nullptr && kind != MemoryKind::kCuda) {
+    return invalid_argument("'after' is an event of the GPU, and pool {} is host memory", ends.local.id);
+  }
+  const std::shared_ptr<PeerCore>& peer = paths.of(kind, ends.remote.kind);
+  if (peer == nullptr) return paths.missing[PeerPaths::index(kind, ends.remote.kind)];
+  PlanLimits limits = peer->limits.plan;
+  if (integrity) {
+    limits.max_message_bytes = std::min(limits.max_message_bytes, kMaxHashedBurstBytes);
+    limits.min_listed_bytes = 0;  // what is hashed are segments
   }
 
   auto transfer = std::make_shared<Transfer::Impl>();
   transfer->agent = weak_from_this();
   transfer->peer = peer;
   transfer->block_count = write.blocks.size();
-  transfer->remote_end = bounds.remote * remote->stride_bytes + write.offset_bytes + write.length_bytes;
-  const uint64_t length_bytes = write.length_bytes;
-  const Tag tag = write.tag;
+  transfer->remote_end = ends.last_remote_block * ends.remote.stride_bytes + write.offset_bytes + write.length_bytes;
+  transfer->remote_pool = ends.remote.id;
+  transfer->tag = write.tag;
   transfer->after = write.after;
-  const Deadline deadline = write.deadline;
-  transfer->plan = plan_write(std::move(write), local.stride_bytes, remote->stride_bytes, peer->limits.plan);
+  transfer->deadline_ns = deadline_ns(write.deadline);
+  transfer->on_done = std::move(on_done);
+  const uint64_t length_bytes = write.length_bytes;
+  transfer->plan = plan_write(std::move(write), ends.local.stride_bytes, ends.remote.stride_bytes, limits);
   transfer->message_count = transfer->plan.messages.size();
   transfer->byte_count = transfer->plan.bytes;
-  transfer->local_region = local.region;
-  transfer->remote_pool = remote->id;
-  transfer->tag = tag;
-  int64_t longest_ns = clock_.now_ns() + config_.default_timeout_ms * 1'000'000;
-  transfer->deadline_ns = deadline == Deadline::never() ? longest_ns : deadline.at_ns;
-  transfer->on_done = std::move(on_done);
-  if (config_.integrity && transfer->message_count > 0) {
+  transfer->local_region = std::move(ends.local.region);
+  if (integrity && transfer->message_count > 0) {
     transfer->check = std::make_unique<OutgoingCheck>(length_bytes);
-    transfer->check->remote_stride_bytes = remote->stride_bytes;
+    transfer->check->remote_stride_bytes = ends.remote.stride_bytes;
     transfer->check->block_count = transfer->block_count;
-    transfer->counted_check = tag != Tag::kNone;
+    transfer->counted_check = transfer->tag != Tag::kNone;
   }
+  BATON_RETURN_IF_ERROR(enqueue(transfer));
+  return transfer;
+}
 
+int64_t AgentCore::deadline_ns(Deadline deadline) const {
+  return deadline == Deadline::never() ? clock_.now_ns() + config_.default_timeout_ms * 1'000'000 : deadline.at_ns;
+}
+
+Status AgentCore::enqueue(const TransferPointer& transfer) {
+  PeerCore& peer = *transfer->peer;
   if (queued_.fetch_add(1) >= config_.max_queued_transfers) {
     queued_.fetch_sub(1);
     return resource_exhausted("{} transfers are queued, the limit is {} (max_queued_transfers)",
                               config_.max_queued_transfers, config_.max_queued_transfers);
   }
   {
-    std::lock_guard lock(peer->queue_mutex);
-    if (!peer->down.ok()) {
+    std::lock_guard lock(peer.queue_mutex);
+    if (!peer.down.ok()) {
       queued_.fetch_sub(1);
-      return unavailable("{}", peer->down.message());
+      return unavailable("{}", peer.down.message());
     }
-    peer->incoming.push_back(transfer);
-    if (peer->incoming.size() == 1) {
+    peer.incoming.push_back(transfer);
+    if (peer.incoming.size() == 1) {
       std::lock_guard handover(handover_mutex_);
-      fresh_.push_back(peer);
+      fresh_.push_back(transfer->peer);
     }
   }
   wake();
-  return transfer;
+  return Status();
 }
 
 void AgentCore::cancel(const TransferPointer& transfer) {
@@ -515,6 +541,8 @@ AgentStats AgentCore::stats() const {
   stats.fences = fences_;
   stats.checked_blocks = checked_blocks_;
   stats.corrupt_blocks = corrupt_blocks_;
+  stats.served_reads = served_reads_;
+  stats.refused_reads = refused_reads_;
   for (const auto& backend : backends_) stats.inbound_peers += backend->inbound_peers();
   stats.messages_sent = messages_sent_.load();
   stats.bytes_sent = bytes_sent_.load();
@@ -583,7 +611,7 @@ PathInfo Peer::path(MemoryKind from, MemoryKind to) const {
   if (core == nullptr) return {{}, {}, 0, impl_->paths_.missing[PeerPaths::index(from, to)].message(), 0};
   PathInfo path{core->transport, core->provider, core->rails, core->reason, 0};
   double busy_s = static_cast<double>(core->busy_ns.load()) * 1e-9;
-  if (busy_s > 0) path.bandwidth_bytes_per_s = static_cast<double>(core->bytes.load()) / busy_s;
+  if (busy_s > 0) path.bandwidth_bytes_per_s = static_cast<double>(core->bytes.load() + core->read_bytes.load()) / busy_s;
   return path;
 }
 PeerStats Peer::stats() const {
@@ -595,6 +623,8 @@ PeerStats Peer::stats() const {
     stats.bytes += core->bytes.load();
     stats.failures += core->failures.load();
     stats.cancelled += core->cancelled.load();
+    stats.reads += core->reads.load();
+    stats.read_bytes += core->read_bytes.load();
     stats.busy_s += static_cast<double>(core->busy_ns.load()) * 1e-9;
   }
   return stats;
@@ -602,7 +632,14 @@ PeerStats Peer::stats() const {
 Result<Transfer> Peer::write(BlockWrite write, std::function<void(const Status&)> on_done) const {
   std::shared_ptr<AgentCore> agent = impl_->agent();
   if (agent == nullptr) return unavailable("the agent of this peer is closed");
-  BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->write(impl_->paths_, std::move(write), std::move(on_done)));
+  BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->write(impl_->paths_, std::move(write), std::move(on_done),
+                                                                agent->config().integrity));
+  return Transfer(std::move(transfer));
+}
+Result<Transfer> Peer::read(BlockRead read, std::function<void(const Status&)> on_done) const {
+  std::shared_ptr<AgentCore> agent = impl_->agent();
+  if (agent == nullptr) return unavailable("the agent of this peer is closed");
+  BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->read(impl_->paths_, std::move(read), std::move(on_done)));
   return Transfer(std::move(transfer));
 }
 Status Peer::close() const {

@@ -90,14 +90,14 @@ size_t AgentCore::turn() {
     std::vector<TransferPointer> cancels = take_cancels();
     take_incoming();
     for (const TransferPointer& transfer : cancels) cancel_now(transfer, now_ns);
-    for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns) + send_checks(*busy_[i]);
+    for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns) + send_checks(*busy_[i]) + send_reads(*busy_[i]);
     for (const auto& backend : backends_) count += backend->progress(*this);
-    count += take_check_results() + serve_checks();
+    count += take_check_results() + serve_checks() + progress_reads();
     for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);
     check_time(now_ns);
     for (const auto& peer : busy_) {
       if (peer->state == PeerCore::State::kClosing) close_link(*peer);
-      peer->busy = peer->inflight_count > 0 || !peer->to_post.empty();
+      peer->busy = peer->inflight_count > 0 || !peer->to_post.empty() || !peer->unsent_reads.empty();
     }
     std::erase_if(busy_, [](const auto& peer) { return !peer->busy; });
     // Only then: a thousand idle peers must not be looked at in every turn.
@@ -136,11 +136,18 @@ void AgentCore::take_incoming() {
         fail_transfer(transfer, down);
         continue;
       }
+      if (!transfer->wants_more()) {
+        finish(transfer);
+        continue;
+      }
+      if (transfer->read != nullptr) {
+        peer->unsent_reads.push_back(std::move(transfer));
+        make_busy(peer);
+        continue;
+      }
       Result<const BackendRegion*> local = transfer->local_region.impl()->with(*peer->backend);
       if (!local.ok()) {
         fail_transfer(transfer, local.status());
-      } else if (transfer->message_count == 0) {
-        finish(transfer);
       } else {
         transfer->local = *local;
         peer->to_post.push_back(std::move(transfer));
@@ -157,7 +164,8 @@ std::vector<TransferPointer> AgentCore::take_cancels() {
 
 void AgentCore::cancel_now(const TransferPointer& transfer, int64_t now_ns) {
   if (transfer->state.load() == Transfer::Impl::State::kDone || transfer->stopped) return;
-  fail_transfer(transfer, cancelled("the write to '{}' was cancelled", transfer->peer->metadata.name));
+  fail_transfer(transfer, cancelled("the {} '{}' was cancelled", transfer->is_read ? "read from" : "write to",
+                                    transfer->peer->metadata.name));
   if (transfer->state.load() != Transfer::Impl::State::kDone) expire(transfer, now_ns);
 }
 
@@ -202,6 +210,7 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     message.tag = transfer->tag;
     message.after = transfer->after;
     message.cookie = slot;
+    message.read = transfer->is_read;
     Result<PostResult> result = peer.link->post(message);
     if (!result.ok()) {
       on_link_failed(*peer.link, result.status());
@@ -270,7 +279,9 @@ void AgentCore::on_posted_done(Link& link, uint64_t cookie, const Status& status
   release_slot(peer, cookie);
   --transfer->inflight;
   peer.last_progress_ns = clock_.now_ns();
-  if (status.ok()) {
+  if (status.ok() && transfer->is_read) {
+    peer.read_bytes.fetch_add(bytes, std::memory_order_relaxed);
+  } else if (status.ok()) {
     peer.messages.fetch_add(1, std::memory_order_relaxed);
     peer.bytes.fetch_add(bytes, std::memory_order_relaxed);
     messages_sent_.fetch_add(1, std::memory_order_relaxed);
@@ -280,15 +291,19 @@ void AgentCore::on_posted_done(Link& link, uint64_t cookie, const Status& status
     on_link_failed(link, status);
     if (!transfer->stopped) {
       transfer->stopped = true;
-      transfer->outcome = status.with_context(
-          fmt::format("write to '{}' over {} ({})", peer.metadata.name, peer.transport, peer.provider));
+      transfer->outcome = status.with_context(transfer->path());
     }
   }
   end_if_ended(transfer);
 }
 
+std::string Transfer::Impl::path() const {
+  return fmt::format("{} '{}' over {} ({})", is_read ? "read from" : "write to", peer->metadata.name, peer->transport,
+                     peer->provider);
+}
+
 void AgentCore::end_if_ended(const TransferPointer& transfer) {
-  if (transfer->inflight > 0 || (!transfer->stopped && transfer->next_message < transfer->message_count)) return;
+  if (transfer->inflight > 0 || (!transfer->stopped && transfer->wants_more())) return;
   const OutgoingCheck* check = transfer->check.get();
   if (check != nullptr && !transfer->stopped && check->next_block < check->blocks.size()) {
     start_check(transfer);
@@ -309,6 +324,7 @@ void AgentCore::fail_transfer(const TransferPointer& transfer, const Status& why
     transfer->stopped = true;
     transfer->outcome = why;
     if (transfer->check != nullptr) give_up_check(transfer);
+    if (transfer->read != nullptr) give_up_read(transfer);
   }
   if (transfer->inflight == 0) finish(transfer);
 }
@@ -318,7 +334,7 @@ void AgentCore::finish(const TransferPointer& transfer) {
   deadlines_.erase({transfer->deadline_ns, transfer});
   PeerCore& peer = *transfer->peer;
   if (transfer->outcome.ok()) {
-    peer.writes.fetch_add(1, std::memory_order_relaxed);
+    (transfer->is_read ? peer.reads : peer.writes).fetch_add(1, std::memory_order_relaxed);
   } else if (transfer->outcome.code() == StatusCode::kCancelled) {
     peer.cancelled.fetch_add(1, std::memory_order_relaxed);
   } else {
@@ -329,6 +345,8 @@ void AgentCore::finish(const TransferPointer& transfer) {
     open_checks_.erase(transfer->check->id);
     transfer->check.reset();
   }
+  if (transfer->served.backend != nullptr) end_served_read(transfer);
+  transfer->read.reset();
   transfer->plan = {};
   transfer->local = nullptr;
   transfer->local_region = {};
@@ -345,11 +363,14 @@ void AgentCore::check_time(int64_t now_ns) {
     TransferPointer transfer = deadlines_.begin()->second;
     PeerCore& peer = *transfer->peer;
     if (!transfer->stopped) {
-      bool connecting = peer.link != nullptr && !peer.link->ready();
-      bool checking = transfer->check != nullptr && (transfer->check->id != 0 || transfer->check->unsent);
-      fail_transfer(transfer, deadline_exceeded("write to '{}' over {}: {} of {} messages were posted{}",
-                                                peer.metadata.name, peer.transport, transfer->next_message,
-                                                transfer->message_count,
+      const bool connecting = peer.link != nullptr && !peer.link->ready();
+      const bool checking = transfer->check != nullptr && (transfer->check->id != 0 || transfer->check->unsent);
+      const std::string progress =
+          transfer->read != nullptr
+              ? fmt::format("{} of {} blocks were asked for, and not all of them came", transfer->read->next_block,
+                            transfer->read->what.blocks.size())
+              : fmt::format("{} of {} messages were posted", transfer->next_message, transfer->message_count);
+      fail_transfer(transfer, deadline_exceeded("{}: {}{}", transfer->path(), progress,
                                                 connecting ? "; the peer has not answered yet"
                                                 : checking ? "; it is delivered, but the peer has not said that it is right"
                                                            : ""));
@@ -395,6 +416,8 @@ void AgentCore::fail_peer(PeerCore& peer, const Status& why) {
   }
   waiting.insert(waiting.begin(), peer.to_post.begin(), peer.to_post.end());
   peer.to_post.clear();
+  waiting.insert(waiting.end(), peer.unsent_reads.begin(), peer.unsent_reads.end());
+  peer.unsent_reads.clear();
   for (const TransferPointer& transfer : waiting) fail_transfer(transfer, down);
   for (const PeerCore::InFlight& entry : peer.inflight) {
     if (entry.transfer != nullptr) fail_transfer(TransferPointer(entry.transfer), down);
@@ -405,11 +428,12 @@ void AgentCore::fail_peer(PeerCore& peer, const Status& why) {
 void AgentCore::close_link(PeerCore& peer) {
   if (peer.link == nullptr || !peer.link->closable()) return;
   bool late = peer.link->late_writes_possible();
+  if (peer.open_reads > 0) close_reads(peer);
   peer.link.reset();
   for (size_t slot = 0; slot < peer.inflight.size(); ++slot) {
     TransferPointer transfer = peer.inflight[slot].transfer;
     if (transfer == nullptr) continue;
-    transfer->unsettled = transfer->unsettled || (late && !peer.inflight[slot].is_check);
+    transfer->unsettled = transfer->unsettled || (late && peer.inflight[slot].kind == PeerCore::InFlight::Kind::kMessage);
     release_slot(peer, slot);
     if (--transfer->inflight == 0) finish(transfer);
   }
@@ -444,11 +468,17 @@ Status AgentCore::close_peer(const PeerPaths& paths) {
   int64_t deadline_ns = clock_.now_ns() + kCloseWaitNs;
   {
     std::unique_lock lock(mutex_);
-    for (const auto& peer : paths.cores) {
-      if (peer != nullptr) fail_peer(*peer, cancelled("closed by this side"));
+    const Epoch epoch = paths.main().metadata.epoch;
+    std::vector<std::shared_ptr<PeerCore>> cores;
+    for (const auto& core : paths.cores) {
+      if (core != nullptr) cores.push_back(core);
     }
-    for (const auto& peer : paths.cores) {
-      if (peer == nullptr) continue;
+    // What was opened because it reads from here goes as well.
+    for (const auto& core : peers_) {
+      if (core->metadata.epoch == epoch && !core->wanted) cores.push_back(core);
+    }
+    for (const auto& peer : cores) fail_peer(*peer, cancelled("closed by this side"));
+    for (const auto& peer : cores) {
       while (peer->state == PeerCore::State::kClosing && wait_for_turn(lock, deadline_ns)) {
       }
       if (peer->state == PeerCore::State::kClosing) {
@@ -467,6 +497,11 @@ Status AgentCore::fence(Epoch peer) {
   std::unique_lock lock(mutex_);
   uint64_t serial = serial_++;
   ++fences_;
+  // What it reads may belong to somebody else from now on.
+  for (auto it = readers_.begin(); it != readers_.end();) {
+    const auto reader = it++;
+    if (reader->second.epoch == peer) forget_reader(reader);
+  }
   while (true) {
     Status status;
     for (const auto& backend : backends_) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -50,6 +51,20 @@ struct OutgoingCheck {
   CheckResult first_bad;
 };
 
+/// A read that the peer is asked for, on the reader's side.
+struct OutgoingRead {
+  BlockRead what;
+  size_t next_block = 0;       // the first that no request has named
+  std::vector<uint32_t> tags;  // of the requests that have not brought all they will
+  bool asked_for_all() const { return next_block == what.blocks.size(); }
+};
+
+/// Of a write that is done for a reader: whom to tell.
+struct ServedFor {
+  Backend* backend = nullptr;
+  ReadChannel::Connection connection = 0;
+};
+
 }  // namespace baton::transfer
 
 class baton::transfer::MemoryRegion::Impl {
@@ -84,6 +99,12 @@ class baton::transfer::Transfer::Impl {
   Tag tag = Tag::kNone;
   void* after = nullptr;
   int64_t deadline_ns = 0;
+  bool is_read = false;
+  std::unique_ptr<OutgoingRead> read;  // not with a direct one: that has a plan, as a write does
+  ServedFor served;
+
+  bool wants_more() const { return read != nullptr ? !read->asked_for_all() : next_message < message_count; }
+  std::string path() const;  // "write to 'decode-0' over tcp (net)"
 
   // Owned by progress, under the agent's lock.
   const BackendRegion* local = nullptr;
@@ -132,9 +153,10 @@ class PeerCore {
   std::unique_ptr<Link> link;
   std::deque<TransferPointer> to_post;  // in order; those that stopped are skipped at the front
   struct InFlight {
+    enum class Kind : uint8_t { kMessage, kCheck, kRead };
     TransferPointer transfer;
     uint64_t bytes = 0;
-    bool is_check = false;
+    Kind kind = Kind::kMessage;
   };
   std::vector<InFlight> inflight;
   std::vector<uint32_t> free_slots;
@@ -142,6 +164,11 @@ class PeerCore {
   uint64_t inflight_bytes = 0;
   std::deque<TransferPointer> unsent_checks;
   uint32_t open_checks = 0;  // without an answer
+  std::deque<TransferPointer> unsent_reads;
+  uint32_t open_reads = 0;  // without an Ended
+  std::pair<uint64_t, size_t> introduced{0, 0};  // by which metadata: serial, number of pools; 0: not yet
+  bool wanted = false;   // by connect(); a path that was opened for readers only goes when they go
+  size_t readers = 0;
   int64_t last_progress_ns = 0;
   int64_t busy_since_ns = 0;
   Status failure;  // set by an event; acted on at the end of the turn
@@ -149,7 +176,7 @@ class PeerCore {
   bool again = false;  // the backend said "not now" last time
   int64_t again_sleep_ns = 0;  // after which it is asked again if nothing else happens
 
-  std::atomic<uint64_t> writes{0}, messages{0}, bytes{0}, failures{0}, cancelled{0};
+  std::atomic<uint64_t> writes{0}, messages{0}, bytes{0}, failures{0}, cancelled{0}, reads{0}, read_bytes{0};
   std::atomic<int64_t> busy_ns{0};
 };
 
@@ -187,8 +214,9 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   Result<PoolId> add_pool(PoolConfig config);
   std::string metadata() const;
   Result<PeerPaths> connect(std::string_view metadata);
-  Result<TransferPointer> write(const PeerPaths& paths, BlockWrite write,
-                                std::function<void(const Status&)> on_done);
+  Result<TransferPointer> write(const PeerPaths& paths, BlockWrite write, std::function<void(const Status&)> on_done,
+                                bool integrity);
+  Result<TransferPointer> read(const PeerPaths& paths, BlockRead read, std::function<void(const Status&)> on_done);
   void cancel(const TransferPointer& transfer);
   Status close_peer(const PeerPaths& paths);
   Status fence(Epoch peer);
@@ -206,7 +234,10 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   // BackendEvents
   void on_posted_done(Link& link, uint64_t cookie, const Status& status) override;
   void on_link_failed(Link& link, const Status& status) override;
-  void on_arrived(uint32_t tag, uint64_t count) override { inboxes_.add(tag, count); }
+  void on_arrived(uint32_t tag, uint64_t count) override {
+    inboxes_.add(tag, count);
+    if (!open_reads_.empty()) on_read_arrived(tag, count);
+  }
 
   struct PathChoice {
     Backend* backend = nullptr;
@@ -216,6 +247,17 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   };
   Result<PathChoice> choose_path(const Metadata& peer, MemoryKind from, MemoryKind to);
   Result<std::shared_ptr<PeerCore>> open_path(const Metadata& peer, MemoryKind from, MemoryKind to);
+  struct Ends {
+    LocalPool local;
+    Metadata::Pool remote;
+    uint64_t last_remote_block = 0;
+  };
+  /// What the two ends of an operation are, when all its blocks lie inside.
+  Result<Ends> check_ends(const Metadata& peer, PoolId local, PoolId remote, std::span<const BlockPair> blocks,
+                          uint64_t offset_bytes, uint64_t length_bytes, const char* arrow) const;
+  Status enqueue(const TransferPointer& transfer);
+  int64_t deadline_ns(Deadline deadline) const;
+  std::string metadata_now() const;  // under the lock
   Status open_backends(const BackendFactory& factory);
   Status need_cuda_backend();
 
@@ -263,6 +305,43 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   void conclude(IncomingCheck& check);
   void answer_check(Backend& backend, CheckChannel::Connection connection, CheckResult result);
 
+  // Reads (agent_reads.cc).
+  struct OpenRead {
+    std::shared_ptr<PeerCore> peer;
+    TransferPointer transfer;  // null: it has all it wanted
+    uint32_t slot = 0;
+    uint64_t bytes = 0;
+    uint64_t messages = 0;  // 0: not said yet
+    uint64_t arrived = 0;
+    bool ended = false;     // its Ended was here, and was ok
+  };
+  using OpenReads = std::unordered_map<uint32_t, OpenRead>;
+  struct Reader {
+    Epoch epoch = Epoch::kNone;
+    Status refused;  // why its metadata is no good
+    Metadata metadata;
+    PeerPaths paths;
+    std::vector<std::shared_ptr<PeerCore>> retired;  // of earlier metadata, while something is served over them
+    std::unordered_map<uint32_t, TransferPointer> serving;
+  };
+  using ReaderKey = std::pair<Backend*, ReadChannel::Connection>;
+  size_t send_reads(PeerCore& peer);
+  bool send_next_read(PeerCore& peer, const TransferPointer& transfer);
+  void give_up_read(const TransferPointer& transfer);
+  void on_read_arrived(uint32_t tag, uint64_t count);
+  void complete_read(OpenReads::iterator it);
+  void let_go_of_read(OpenReads::iterator it);
+  void on_read_answer(Backend& backend, const ReadChannel::Answer& answer);
+  void close_reads(PeerCore& peer);
+  size_t progress_reads();
+  void accept_read(Backend& backend, ReadChannel::Received received);
+  void introduce(Backend& backend, ReadChannel::Received& received);
+  Result<TransferPointer> serve_read(Reader& reader, const ReadRequest& request);
+  void end_served_read(const TransferPointer& transfer);
+  void answer_read(Backend& backend, ReadChannel::Connection connection, ReadAnswer answer);
+  void forget_reader(std::map<ReaderKey, Reader>::iterator it);
+  void release_paths(std::vector<std::shared_ptr<PeerCore>> cores);
+
   /// Waits (without the lock) for something to happen, until `deadline_ns`; false when that is past.
   bool wait_for_turn(std::unique_lock<std::mutex>& lock, int64_t deadline_ns);
 
@@ -296,6 +375,16 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   };
   std::deque<CheckAnswer> unsent_answers_;
   uint64_t checked_blocks_ = 0, corrupt_blocks_ = 0;
+  OpenReads open_reads_;  // by tag
+  std::map<ReaderKey, Reader> readers_;
+  struct UnsentAnswer {
+    Backend* backend;
+    ReadChannel::Connection connection;
+    ReadAnswer answer;
+  };
+  std::deque<UnsentAnswer> unsent_read_answers_;
+  std::vector<std::shared_ptr<PeerCore>> unused_paths_;  // that a reader had; closed between other things
+  uint64_t open_served_reads_ = 0, served_reads_ = 0, refused_reads_ = 0;
 
   // What other threads hand over to progress.
   mutable std::mutex handover_mutex_;

@@ -58,7 +58,7 @@ void AgentCore::start_check(const TransferPointer& transfer) {
   OutgoingCheck& check = *transfer->check;
   BATON_CHECK(!check.unsent && check.id == 0);
   check.slot = free_slot(peer);
-  take_slot(peer, check.slot, {transfer, 0, true}, clock_.now_ns());
+  take_slot(peer, check.slot, {transfer, 0, PeerCore::InFlight::Kind::kCheck}, clock_.now_ns());
   check.unsent = true;
   peer.unsent_checks.push_back(transfer);
   make_busy(transfer->peer);
@@ -135,7 +135,6 @@ void AgentCore::on_check_result(Backend& backend, const CheckChannel::Answer& an
   OutgoingCheck& check = *transfer->check;
   check.id = 0;
   const CheckResult& result = answer.result;
-  const auto path = [&] { return fmt::format("write to '{}' over {} ({})", peer.metadata.name, peer.transport, peer.provider); };
   switch (result.outcome) {
     case CheckResult::Outcome::kRight:
       break;
@@ -149,7 +148,7 @@ void AgentCore::on_check_result(Backend& backend, const CheckChannel::Answer& an
     case CheckResult::Outcome::kRefused:
       if (!transfer->stopped) {
         transfer->stopped = true;
-        transfer->outcome = failed_precondition("{}: it cannot be checked: {}", path(), result.reason);
+        transfer->outcome = failed_precondition("{}: it cannot be checked: {}", transfer->path(), result.reason);
       }
       break;
   }
@@ -160,7 +159,7 @@ void AgentCore::on_check_result(Backend& backend, const CheckChannel::Answer& an
     transfer->stopped = true;
     transfer->outcome =
         data_loss("{}: {} of {} blocks are not there as they were sent; the first is block {} of its pool {} (xxh3 {:016x}, sent "
-                  "{:016x})", path(), std::min(check.bad_blocks, check.block_count), check.block_count,
+                  "{:016x})", transfer->path(), std::min(check.bad_blocks, check.block_count), check.block_count,
                   check.first_bad.offset / check.remote_stride_bytes, transfer->remote_pool, check.first_bad.hash,
                   sent == check.blocks.end() ? 0 : sent->hash);
   }
@@ -297,7 +296,7 @@ void AgentCore::conclude(IncomingCheck& incoming) {
   }
   if (result.outcome == Outcome::kRight || result.outcome == Outcome::kWrong) checked_blocks_ += check.blocks.size();
   // A closed inbox counts it as stray, as it does with the data.
-  if (check.counts && (result.outcome == Outcome::kRight || result.outcome == Outcome::kSkipped)) inboxes_.add(check.tag, 1);
+  if (check.counts && (result.outcome == Outcome::kRight || result.outcome == Outcome::kSkipped)) on_arrived(check.tag, 1);
   answer_check(*incoming.backend, incoming.received.connection, result);
 }
 

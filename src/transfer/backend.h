@@ -17,6 +17,7 @@
 #include "transfer/integrity.h"
 #include "transfer/metadata.h"
 #include "transfer/plan.h"
+#include "transfer/reads.h"
 
 /// What a transport has to do. Everything else (windows, deadlines, retries, cancel, counting, path
 /// choice, statistics) lives once, above this line.
@@ -57,6 +58,7 @@ struct BackendMessage {
   Tag tag = Tag::kNone;
   void* after = nullptr;  ///< BlockWrite::after
   uint64_t cookie = 0;    ///< comes back with the completion
+  bool read = false;      ///< the other way, from the remote pool into the local one (Backend::reads_directly)
 };
 
 enum class PostResult : uint8_t {
@@ -85,7 +87,7 @@ class Link {
     (void)pool;
     return {};
   }
-  /// Its name in Backend::checks().
+  /// Its name in Backend::checks() and Backend::reads().
   virtual CheckChannel::Connection connection() const = 0;
 
   void* owner = nullptr;
@@ -169,6 +171,10 @@ class Backend {
   virtual uint64_t inbound_peers() const = 0;
 
   virtual CheckChannel& checks() = 0;
+  virtual ReadChannel& reads() = 0;
+  /// True where a link takes a message that reads: the peer has no part in it. Nothing of it may reach local memory once its link
+  /// is closed.
+  virtual bool reads_directly() const { return false; }
   /// Held while a check reads: in a simulation other agents' threads write this memory.
   virtual std::unique_lock<std::mutex> hold_writes() { return {}; }
   /// Memory that the CPU cannot read, for checks: some of the `bytes` at `offset` of `region`, at least one. Good until the

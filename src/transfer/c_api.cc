@@ -139,6 +139,7 @@ baton_agent_config default_config() {
   config.default_timeout_ms = defaults.default_timeout_ms;
   config.stall_timeout_ms = defaults.stall_timeout_ms;
   config.integrity = defaults.integrity ? 1 : 0;
+  config.max_served_reads = defaults.max_served_reads;
   return config;
 }
 
@@ -148,7 +149,38 @@ baton_write default_write() {
   return write;
 }
 
-/// Of the two structures with an _init function: the defaults, as far as the caller's structure goes.
+baton_read default_read() {
+  baton_read read{};
+  read.size = sizeof(read);
+  return read;
+}
+
+/// What a write and a read have in common.
+template <typename From, typename To>
+Status translate(const From& from, To* to) {
+  BATON_RETURN_IF_ERROR(demand(from.blocks || from.block_count == 0, "blocks"));
+  if (from.timeout_ms < 0) return baton::invalid_argument("timeout_ms is {}", from.timeout_ms);
+  to->local_pool = static_cast<bt::PoolId>(from.local_pool);
+  to->remote_pool = static_cast<bt::PoolId>(from.remote_pool);
+  to->blocks.reserve(from.block_count);
+  for (size_t i = 0; i < from.block_count; ++i) to->blocks.push_back({from.blocks[i].local_block, from.blocks[i].remote_block});
+  to->offset_bytes = from.offset_bytes;
+  to->length_bytes = from.length_bytes;
+  if (from.timeout_ms > 0) {
+    to->deadline = baton::Deadline::after_ms(baton::SteadyClock::instance(),
+                                             std::min<int64_t>(from.timeout_ms, int64_t{1} << 40));
+  }
+  return Status();
+}
+
+std::function<void(const Status&)> callback(baton_done_function on_done, void* user) {
+  if (on_done == nullptr) return {};
+  return [on_done, user](const Status& status) {
+    on_done(user, static_cast<baton_code>(status.code()), status.message().c_str());
+  };
+}
+
+/// Of the structures with an _init function: the defaults, as far as the caller's structure goes.
 template <typename Struct>
 void initialise(Struct* out, size_t size, Struct defaults) {
   if (out == nullptr || size < sizeof(size_t)) return;
@@ -205,6 +237,7 @@ baton_code baton_agent_create(const baton_agent_config* config, baton_agent** ag
     cpp.default_timeout_ms = c.default_timeout_ms;
     cpp.stall_timeout_ms = c.stall_timeout_ms;
     cpp.integrity = c.integrity != 0;
+    cpp.max_served_reads = c.max_served_reads;
     auto handle = std::make_unique<baton_agent>();
     handle->manual_progress = cpp.manual_progress;
     BATON_ASSIGN_OR_RETURN(handle->agent, bt::Agent::create(std::move(cpp)));
@@ -308,6 +341,8 @@ baton_code baton_agent_get_stats(const baton_agent* agent, baton_agent_stats* st
     c.fences = now.fences;
     c.checked_blocks = now.checked_blocks;
     c.corrupt_blocks = now.corrupt_blocks;
+    c.served_reads = now.served_reads;
+    c.refused_reads = now.refused_reads;
     return give(c, "baton_agent_stats", stats);
   });
 }
@@ -409,6 +444,8 @@ baton_code baton_peer_get_stats(const baton_peer* peer, baton_peer_stats* stats,
     c.failures = now.failures;
     c.cancelled = now.cancelled;
     c.busy_s = now.busy_s;
+    c.reads = now.reads;
+    c.read_bytes = now.read_bytes;
     return give(c, "baton_peer_stats", stats);
   });
 }
@@ -432,30 +469,35 @@ baton_code baton_peer_write(baton_peer* peer, const baton_write* write, baton_do
     BATON_RETURN_IF_ERROR(demand(peer && write, "peer or write"));
     baton_write c = default_write();
     BATON_RETURN_IF_ERROR(take(*write, "baton_write", &c));
-    BATON_RETURN_IF_ERROR(demand(c.blocks || c.block_count == 0, "blocks"));
-    if (c.timeout_ms < 0) return baton::invalid_argument("timeout_ms is {}", c.timeout_ms);
     bt::BlockWrite cpp;
-    cpp.local_pool = static_cast<bt::PoolId>(c.local_pool);
-    cpp.remote_pool = static_cast<bt::PoolId>(c.remote_pool);
-    cpp.blocks.reserve(c.block_count);
-    for (size_t i = 0; i < c.block_count; ++i) cpp.blocks.push_back({c.blocks[i].local_block, c.blocks[i].remote_block});
-    cpp.offset_bytes = c.offset_bytes;
-    cpp.length_bytes = c.length_bytes;
+    BATON_RETURN_IF_ERROR(translate(c, &cpp));
     cpp.tag = static_cast<bt::Tag>(c.tag);
-    if (c.timeout_ms > 0) {
-      cpp.deadline = baton::Deadline::after_ms(baton::SteadyClock::instance(),
-                                               std::min<int64_t>(c.timeout_ms, int64_t{1} << 40));
-    }
-    std::function<void(const Status&)> done;
-    if (on_done != nullptr) {
-      done = [on_done, user](const Status& status) {
-        on_done(user, static_cast<baton_code>(status.code()), status.message().c_str());
-      };
-    }
     // Before the write: nothing may fail after it.
     auto handle = transfer_out == nullptr ? nullptr : std::make_unique<baton_transfer>();
-    BATON_ASSIGN_OR_RETURN(bt::Transfer started, peer->peer.write(std::move(cpp), std::move(done)));
+    BATON_ASSIGN_OR_RETURN(bt::Transfer started, peer->peer.write(std::move(cpp), callback(on_done, user)));
     if (messages != nullptr) *messages = started.messages();
+    if (handle != nullptr) {
+      handle->transfer = std::move(started);
+      *transfer_out = handle.release();
+    }
+    return Status();
+  });
+}
+
+// --- reading ---
+
+void baton_read_init(baton_read* read, size_t size) { initialise(read, size, default_read()); }
+
+baton_code baton_peer_read(baton_peer* peer, const baton_read* read, baton_done_function on_done, void* user,
+                           baton_transfer** transfer_out, baton_error* error) {
+  return guarded(error, [&]() -> Status {
+    BATON_RETURN_IF_ERROR(demand(peer && read, "peer or read"));
+    baton_read c = default_read();
+    BATON_RETURN_IF_ERROR(take(*read, "baton_read", &c));
+    bt::BlockRead cpp;
+    BATON_RETURN_IF_ERROR(translate(c, &cpp));
+    auto handle = transfer_out == nullptr ? nullptr : std::make_unique<baton_transfer>();
+    BATON_ASSIGN_OR_RETURN(bt::Transfer started, peer->peer.read(std::move(cpp), callback(on_done, user)));
     if (handle != nullptr) {
       handle->transfer = std::move(started);
       *transfer_out = handle.release();

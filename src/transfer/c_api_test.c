@@ -145,6 +145,39 @@ static void blocks_move(const char* transport) {
   char text[16];
   CHECK(baton_agent_describe(sender.agent, text, sizeof text) >= strlen(text) && strlen(text) <= 15);
 
+  /* And back, into blocks where nothing is yet. */
+  const baton_block_pair back[] = {{1, 9}, {2, 30}};
+  memset(sender.memory + kStride, 0, 2 * kStride);
+  baton_read read;
+  baton_read_init(&read, sizeof read);
+  read.local_pool = sender.pool;
+  read.remote_pool = receiver.pool;
+  read.blocks = back;
+  read.block_count = 2;
+  read.offset_bytes = 50;
+  read.length_bytes = kStride - 100;
+  CHECK_OK(baton_peer_read(peer, &read, on_done, &done_calls, &transfer, &error));
+  CHECK_OK(baton_transfer_wait(transfer, &error));
+  CHECK(baton_transfer_settled(transfer) && baton_transfer_messages(transfer) == 0);
+  CHECK(baton_transfer_bytes(transfer) == 2 * read.length_bytes);
+  for (int i = 0; i < 2; ++i) {
+    const unsigned char* to = sender.memory + back[i].local_block * kStride;
+    CHECK(memcmp(receiver.memory + back[i].remote_block * kStride + 50, to + 50, kStride - 100) == 0);
+    CHECK(to[49] == 0 && to[kStride - 50] == 0);
+  }
+  baton_transfer_release(transfer);
+  CHECK_OK(baton_peer_read(peer, &read, on_done, &done_calls, NULL, &error));
+  while (atomic_load(&done_calls) < 4) {
+  }
+  CHECK(atomic_load(&done_code) == BATON_OK);
+  CHECK_OK(baton_peer_get_stats(peer, &peer_stats, &error));
+  CHECK(peer_stats.reads == 2 && peer_stats.read_bytes == 4 * read.length_bytes && peer_stats.writes == 2);
+  read.blocks = &(baton_block_pair){kBlocks, 0};
+  read.block_count = 1;
+  CHECK(baton_peer_read(peer, &read, NULL, NULL, NULL, &error) == BATON_INVALID_ARGUMENT);
+  read.timeout_ms = -1;
+  CHECK(baton_peer_read(peer, &read, NULL, NULL, NULL, &error) == BATON_INVALID_ARGUMENT);
+
   /* What the caller was not compiled with is not written. */
   struct {
     baton_agent_stats stats;
@@ -176,7 +209,7 @@ static void blocks_move(const char* transport) {
 static void manual_progress_is_the_callers(void) {
   baton_agent_config config;
   baton_agent_config_init(&config, sizeof config);
-  CHECK(config.allow_tcp == 1 && config.default_timeout_ms > 0 && strcmp(config.transport, "auto") == 0);
+  CHECK(config.allow_tcp == 1 && config.default_timeout_ms > 0 && config.max_served_reads > 0 && strcmp(config.transport, "auto") == 0);
   config.transport = "shm";
   config.manual_progress = 1;
   baton_agent* agent = NULL;
@@ -242,6 +275,7 @@ static void mistakes_are_told(void) {
   baton_transfer_cancel(NULL);
   CHECK(baton_agent_epoch(NULL) == 0 && baton_peer_epoch(NULL) == 0 && !baton_peer_alive(NULL));
   CHECK(baton_peer_write(NULL, NULL, NULL, NULL, NULL, NULL, NULL) == BATON_INVALID_ARGUMENT);
+  CHECK(baton_peer_read(NULL, NULL, NULL, NULL, NULL, NULL) == BATON_INVALID_ARGUMENT);
   CHECK(baton_transfer_wait(NULL, &error) == BATON_INVALID_ARGUMENT && strstr(error.message, "NULL") != NULL);
   CHECK(strcmp(baton_code_name(BATON_DATA_LOSS), "DATA_LOSS") == 0);
   CHECK(strcmp(baton_code_name(77), "UNKNOWN") == 0);

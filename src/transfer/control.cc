@@ -25,7 +25,7 @@ namespace baton::transfer {
 namespace {
 
 constexpr uint32_t kHelloMagic = 0x48544142;  // "BATH"
-constexpr uint16_t kControlVersion = 3;
+constexpr uint16_t kControlVersion = 4;
 constexpr size_t kMaxRails = 256;
 constexpr size_t kMaxEndpointAddressBytes = 8192;  // a UCX worker's grows with the devices
 constexpr size_t kMaxPackedKeyBytes = 4096;
@@ -133,7 +133,7 @@ Result<Hello> parse_hello(std::string_view payload) {
   if (in.get<uint32_t>() != kHelloMagic) return invalid_argument("not a Baton control connection");
   uint16_t version = in.get<uint16_t>();
   if (in.ok() && version != kControlVersion) {
-    return failed_precondition("control version {}, this build speaks {}", version, kControlVersion);
+    return failed_precondition("control version {}, this build speaks {}: run the same Baton on both sides", version, kControlVersion);
   }
   Hello hello;
   hello.from = static_cast<Epoch>(in.get<uint64_t>());
@@ -295,7 +295,7 @@ Status ControlPlane::listen(const SocketAddress& address) {
   event.events = EPOLLIN;
   event.data.u64 = kListenerId;
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, listener_.get(), &event) != 0) {
-    return internal_error("epoll_ctl: {}", errno_text(errno));
+    return watch_error("epoll_ctl", errno);
   }
   return Status();
 }
@@ -307,7 +307,7 @@ Status ControlPlane::add(Id id, Connection connection) {
   event.data.u64 = id;
   connection.opened_ns = clock_.now_ns();
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, connection.socket->fd(), &event) != 0) {
-    return internal_error("epoll_ctl: {}", errno_text(errno));
+    return watch_error("epoll_ctl", errno);
   }
   connections_.emplace(id, std::move(connection));
   return Status();
@@ -384,6 +384,23 @@ bool ControlPlane::send_check_result(Id id, const CheckResult& result) {
   return true;
 }
 
+bool ControlPlane::send_read_request(Id id, const ReadRequest& request) {
+  auto it = connections_.find(id);
+  if (it == connections_.end() || !send(id, FrameSocket::Type::kRead, encode_read_request(request))) return false;
+  if (request.kind == ReadRequest::Kind::kRead) {
+    ++it->second.open_reads;
+    ++awaited_reads_;
+  }
+  return true;
+}
+
+bool ControlPlane::send_read_answer(Id id, const ReadAnswer& answer) {
+  auto it = connections_.find(id);
+  if (it == connections_.end() || !send(id, FrameSocket::Type::kReadAnswer, encode_read_answer(answer))) return false;
+  if (answer.kind == ReadAnswer::Kind::kEnded) --it->second.open_reads;
+  return true;
+}
+
 bool ControlPlane::serves(Id id) const {
   auto it = connections_.find(id);
   return it != connections_.end() && !it->second.outbound && !it->second.fenced && still_connected(id);
@@ -404,6 +421,7 @@ void ControlPlane::close_outbound(Id id) {
   if (it == connections_.end()) return;
   BATON_CHECK(it->second.outbound);
   (void)it->second.socket->flush();  // arrivals that were reported as done
+  awaited_reads_ -= it->second.open_reads;
   connections_.erase(it);
 }
 
@@ -413,10 +431,15 @@ void ControlPlane::close(Id id, const Status& why) {
   Connection connection = std::move(it->second);
   connections_.erase(it);
   if (connection.outbound) {
+    awaited_reads_ -= connection.open_reads;
     delegate_.on_outbound_closed(id, why);
     return;
   }
   --inbound_count_;
+  if (connection.reads) {
+    gone_readers_.push_back(id);
+    --readers_;
+  }
   if (!connection.established) {
     --waiting_for_hello_;
   } else {
@@ -626,6 +649,32 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
       Result<CheckResult> result = parse_check_result(frame.payload);
       *failure = result.status();
       if (failure->ok()) check_results_.push_back({id, std::move(*result)});
+      return;
+    }
+    case FrameSocket::Type::kRead: {
+      if (connection.outbound || !connection.established) break;
+      Result<ReadRequest> request = parse_read_request(frame.payload);
+      *failure = request.status();
+      if (!failure->ok()) return;
+      if (request->kind == ReadRequest::Kind::kRead && ++connection.open_reads > ReadRequest::kMaxOpen) {
+        *failure = invalid_argument("more than {} reads at once", ReadRequest::kMaxOpen);
+        return;
+      }
+      if (!std::exchange(connection.reads, true)) ++readers_;
+      read_requests_.push_back({id, connection.peer, connection.name, std::move(*request)});
+      return;
+    }
+    case FrameSocket::Type::kReadAnswer: {
+      if (!connection.outbound || !connection.established) break;
+      Result<ReadAnswer> answer = parse_read_answer(frame.payload);
+      *failure = answer.status();
+      if (!failure->ok()) return;
+      if (answer->kind == ReadAnswer::Kind::kEnded) {
+        if (connection.open_reads == 0) break;
+        --connection.open_reads;
+        --awaited_reads_;
+      }
+      read_answers_.push_back({id, std::move(*answer)});
       return;
     }
     case FrameSocket::Type::kFence:

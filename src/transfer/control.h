@@ -18,6 +18,7 @@
 #include "base/status.h"
 #include "base/unique_handle.h"
 #include "transfer/integrity.h"
+#include "transfer/reads.h"
 
 /// The control connection between two agents: one stream socket (unix on one host, TCP between hosts) per
 /// pair and direction, beside the data path. It does what fabrics do not:
@@ -31,6 +32,8 @@
 ///     <---- Rail{count, ready}
 ///     Check{blocks, hashes}        ---->   (integrity mode: transfer/integrity.h)
 ///     <---- CheckResult
+///     Read{blocks}                 ---->   (transfer/reads.h)
+///     <---- ReadAnswer
 ///     <---- Fence                          stop writing; answered by closing, after the last write ended
 ///   closed by either side, or by the kernel when a process dies: the pair is over
 ///
@@ -93,7 +96,8 @@ using SocketAddress = std::string;
 /// A connected (or connecting) stream socket with frames on it. Not thread-safe.
 class FrameSocket {
  public:
-  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5, kRail = 6, kCheck = 7, kCheckResult = 8 };
+  enum class Type : uint8_t { kHello = 1, kWelcome = 2, kReject = 3, kArrived = 4, kFence = 5, kRail = 6, kCheck = 7, kCheckResult = 8,
+                              kRead = 9, kReadAnswer = 10 };
   struct Frame {
     Type type;
     std::string payload;
@@ -118,10 +122,10 @@ class FrameSocket {
 };
 
 /// All control connections of one backend. Under the agent's lock.
-class ControlPlane final : public CheckChannel {
+class ControlPlane final : public CheckChannel, public ReadChannel {
  public:
   using Id = uint64_t;
-  static_assert(std::is_same_v<Id, Connection>);
+  static_assert(std::is_same_v<Id, CheckChannel::Connection> && std::is_same_v<Id, ReadChannel::Connection>);
 
   class Delegate {
    public:
@@ -166,12 +170,17 @@ class ControlPlane final : public CheckChannel {
   bool still_connected(Id id) const;
   void close_outbound(Id id);
 
-  // CheckChannel
+  // CheckChannel and ReadChannel
   bool send_check(Id id, const Check& check) override;
   bool send_check_result(Id id, const CheckResult& result) override;
   bool serves(Id id) const override;
-  void take_checks(std::vector<Received>& checks) override { take(checks_, checks); }
-  void take_check_results(std::vector<Answer>& results) override { take(check_results_, results); }
+  void take_checks(std::vector<CheckChannel::Received>& checks) override { take(checks_, checks); }
+  void take_check_results(std::vector<CheckChannel::Answer>& results) override { take(check_results_, results); }
+  bool send_read_request(Id id, const ReadRequest& request) override;
+  bool send_read_answer(Id id, const ReadAnswer& answer) override;
+  void take_read_requests(std::vector<ReadChannel::Received>& requests) override { take(read_requests_, requests); }
+  void take_read_answers(std::vector<ReadChannel::Answer>& answers) override { take(read_answers_, answers); }
+  void take_gone_readers(std::vector<Id>& readers) override { take(gone_readers_, readers); }
 
   Status fence(Epoch peer, uint64_t serial);
   /// Fences everybody who is connected, and lets nobody in any more.
@@ -181,6 +190,8 @@ class ControlPlane final : public CheckChannel {
   int poll_fd() const { return epoll_.get(); }
   bool wants_time() const { return waiting_for_hello_ > 0; }
   size_t inbound() const { return inbound_count_; }
+  /// Words are waited for: of a read under way, or the next one of a reader.
+  bool reads_going_on() const { return readers_ + awaited_reads_ > 0; }
 
  private:
   struct Connection {
@@ -194,6 +205,8 @@ class ControlPlane final : public CheckChannel {
     std::string name;
     int64_t opened_ns = 0;
     uint32_t open_checks = 0;  // inbound: without an answer
+    uint32_t open_reads = 0;   // the same, in both directions
+    bool reads = false;        // inbound: it has introduced itself
   };
 
   template <typename T>
@@ -224,8 +237,13 @@ class ControlPlane final : public CheckChannel {
   std::unordered_map<Id, Connection> connections_;
   std::unordered_map<Epoch, uint64_t> fenced_;  // peer -> serial up to which it is refused
   std::deque<Epoch> fenced_order_;
-  std::vector<Received> checks_;
-  std::vector<Answer> check_results_;
+  std::vector<CheckChannel::Received> checks_;
+  std::vector<CheckChannel::Answer> check_results_;
+  std::vector<ReadChannel::Received> read_requests_;
+  std::vector<ReadChannel::Answer> read_answers_;
+  std::vector<Id> gone_readers_;
+  size_t readers_ = 0;        // inbound connections that have introduced themselves
+  size_t awaited_reads_ = 0;  // of outbound ones, without an Ended
   Id next_id_ = 1;
   size_t inbound_count_ = 0;
   bool closing_ = false;

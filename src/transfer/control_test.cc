@@ -147,6 +147,7 @@ TEST_P(ControlTest, GarbageAndSilenceCloseTheConnection) {
       std::string("\0\0\0\0\x04", 5),        // arrivals before the Hello
       std::string("\0\0\0\0\x63", 5),        // no such type
       std::string("\0\0\0\0\x07", 5),        // a check before the Hello
+      std::string("\0\0\0\0\x09", 5),        // a read before the Hello
       std::string("\x04\0\0\0\x01" "junk", 9),
   };
   for (const std::string& input : inputs) {
@@ -172,6 +173,7 @@ TEST_P(ControlTest, GarbageAndSilenceCloseTheConnection) {
 }
 
 TEST_P(ControlTest, WithoutDescriptorsAPeerIsTurnedAwayAtOnce) {
+  ASSERT_TRUE(pump([] { return true; }));  // the undefined-behaviour sanitizer wants a pipe to look at an object for the first time
   ASSERT_TRUE(writer_.connect(owner_.address(), kOwner, 1).ok());
   rlimit before{};
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
@@ -239,6 +241,57 @@ TEST_P(ControlTest, ChecksAndTheirAnswers) {
   EXPECT_FALSE(owner_.serves(inbound));
 }
 
+TEST_P(ControlTest, ReadsAndTheirAnswers) {
+  Result<ControlPlane::Id> id = writer_.connect(owner_.address(), kOwner, 1);
+  ASSERT_TRUE(pump([&] { return !writer_side_.welcomes.empty(); }));
+  ReadRequest request;
+  request.kind = ReadRequest::Kind::kRead;
+  request.length_bytes = 64;
+  request.blocks = {{1, 2}};
+  std::vector<ReadChannel::Received> received;
+  const auto receive = [&](size_t count) {
+    return pump([&] {
+      owner_.take_read_requests(received);
+      return received.size() == count;
+    });
+  };
+  for (request.tag = 1; request.tag <= ReadRequest::kMaxOpen; ++request.tag) ASSERT_TRUE(writer_.send_read_request(*id, request));
+  ASSERT_TRUE(receive(ReadRequest::kMaxOpen));
+  EXPECT_EQ(received[0].from, "writer");
+  EXPECT_EQ(received[0].epoch, kWriter);
+  EXPECT_EQ(received[0].request.blocks, request.blocks);
+  const ControlPlane::Id inbound = received[0].connection;
+  ReadAnswer started, ended;
+  started.kind = ReadAnswer::Kind::kStarted;
+  started.tag = ended.tag = 1;
+  started.messages = 3;
+  ASSERT_TRUE(owner_.send_read_answer(inbound, started));
+  ASSERT_TRUE(owner_.send_read_answer(inbound, ended));
+  std::vector<ReadChannel::Answer> answers;
+  ASSERT_TRUE(pump([&] {
+    writer_.take_read_answers(answers);
+    return answers.size() == 2;
+  }));
+  EXPECT_EQ(answers[0].connection, *id);
+  EXPECT_EQ(answers[0].answer, started);
+  EXPECT_EQ(answers[1].answer, ended);
+  // What has ended makes room, and a Cancel needs none. One more is too much.
+  ASSERT_TRUE(writer_.send_read_request(*id, request));
+  ReadRequest cancel;
+  cancel.tag = request.tag;
+  ASSERT_TRUE(writer_.send_read_request(*id, cancel));
+  received.clear();
+  ASSERT_TRUE(receive(2));
+  std::vector<ControlPlane::Id> gone;
+  owner_.take_gone_readers(gone);
+  EXPECT_TRUE(gone.empty());
+  ASSERT_TRUE(writer_.send_read_request(*id, request));
+  ASSERT_TRUE(pump([&] { return owner_side_.inbound_closed == 1; }));
+  owner_.take_gone_readers(gone);
+  EXPECT_EQ(gone, std::vector<ControlPlane::Id>{inbound});
+  EXPECT_FALSE(owner_.serves(inbound));
+}
+
 TEST_P(ControlTest, WhoIsFencedIsServedNoMore) {
   Result<ControlPlane::Id> id = writer_.connect(owner_.address(), kOwner, 1);
   ASSERT_TRUE(pump([&] { return !writer_side_.welcomes.empty(); }));
@@ -246,6 +299,16 @@ TEST_P(ControlTest, WhoIsFencedIsServedNoMore) {
   EXPECT_TRUE(owner_.serves(inbound));
   EXPECT_FALSE(owner_.fence(kWriter, 1).ok());  // not confirmed yet
   EXPECT_FALSE(owner_.serves(inbound));
+}
+
+TEST(Descriptors, ALimitThatIsReachedIsNoFaultOfOurs) {
+  for (int error : {EMFILE, ENFILE, ENOMEM}) {
+    EXPECT_EQ(descriptor_error("epoll_create1", error).code(), StatusCode::kResourceExhausted) << error;
+  }
+  const Status watches = watch_error("epoll_ctl", ENOSPC);
+  EXPECT_EQ(watches.code(), StatusCode::kResourceExhausted);
+  EXPECT_THAT(watches.message(), HasSubstr("fs.epoll.max_user_watches"));
+  EXPECT_EQ(watch_error("epoll_ctl", EBADF).code(), StatusCode::kInternal);
 }
 
 TEST_P(ControlTest, NobodyThereIsAnError) {

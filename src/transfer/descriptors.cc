@@ -29,7 +29,15 @@ Status exhausted(std::string_view what) {
 Status descriptor_error(std::string_view call, int error) {
   if (error == EMFILE) return exhausted(call);
   if (error == ENFILE) return resource_exhausted("{}: the host has no file descriptors left (fs.file-max)", call);
+  if (error == ENOMEM) return resource_exhausted("{}: the kernel has no memory left for it", call);
   return internal_error("{}: {}", call, std::strerror(error));
+}
+
+Status watch_error(std::string_view call, int error) {
+  if (error == ENOSPC) {
+    return resource_exhausted("{}: this user's processes watch as many descriptors as they may: raise fs.epoll.max_user_watches", call);
+  }
+  return descriptor_error(call, error);
 }
 
 Status check_descriptors(int any_fd, size_t count, std::string_view purpose) {

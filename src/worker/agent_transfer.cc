@@ -77,6 +77,25 @@ Result<std::unique_ptr<KvLink>> AgentTransfer::connect(Epoch peer, const std::st
   return std::unique_ptr<KvLink>(std::make_unique<Link>(*this, std::move(connected), peer, remote_pool));
 }
 
+/// The agent's own takes its lock, which its progress holds while it copies: too long for the engine's thread.
+transfer::AgentStats AgentTransfer::stats() {
+  bool ask = false;
+  {
+    std::lock_guard lock(mutex_);
+    ask = !std::exchange(stats_wanted_, true);
+  }
+  if (ask) {
+    run([this] {
+      const transfer::AgentStats now = agent_.stats();
+      std::lock_guard lock(mutex_);
+      stats_ = now;
+      stats_wanted_ = false;
+    });
+  }
+  std::lock_guard lock(mutex_);
+  return stats_;
+}
+
 void AgentTransfer::fence(Epoch peer, std::function<void(const Status&)> on_done) {
   run([this, peer, on_done = std::move(on_done)] { on_done(agent_.fence(peer)); });
 }

@@ -25,6 +25,7 @@ class AgentTransfer final : public KvTransfer {
   std::string metadata() const override { return agent_.metadata(); }
   uint32_t pool() const override { return static_cast<uint32_t>(pool_); }
   std::string describe() const override { return agent_.describe(); }
+  transfer::AgentStats stats() override;
   Result<std::unique_ptr<KvLink>> connect(Epoch peer, const std::string& metadata, uint32_t remote_pool) override;
   Result<transfer::Tag> open_inbox() override { return agent_.open_inbox(); }
   Status expect(transfer::Tag tag, uint64_t messages, std::function<void()> on_complete) override {
@@ -48,6 +49,8 @@ class AgentTransfer final : public KvTransfer {
   std::condition_variable not_empty_;
   std::vector<std::function<void()>> jobs_;
   std::map<Epoch, int> closing_;  // links being closed, by peer
+  transfer::AgentStats stats_;
+  bool stats_wanted_ = false;  // a job will bring new ones
   bool stopping_ = false;
   std::thread thread_;
 };

@@ -49,6 +49,8 @@ class KvTransfer {
   virtual uint32_t pool() const = 0;
   /// For people: "shm, tcp".
   virtual std::string describe() const = 0;
+  /// As it was a little while ago.
+  virtual transfer::AgentStats stats() = 0;
 
   /// unavailable while the last link to that peer is still being taken down: try again later.
   virtual Result<std::unique_ptr<KvLink>> connect(Epoch peer, const std::string& metadata, uint32_t remote_pool) = 0;

@@ -245,6 +245,8 @@ void WorkerCore::report_load() {
   context_.metrics.update(context_.engine.stats(), static_cast<int64_t>(context_.admission.size()),
                           static_cast<int64_t>(decode_.quarantined()), static_cast<int64_t>(prefill_.active()),
                           static_cast<int64_t>(decode_.routers()));
+  const transfer::AgentStats transfer = context_.transfer.stats();
+  context_.metrics.checked(transfer.checked_blocks, transfer.corrupt_blocks);
   prefill_.send_load(load);
   peers_.fill(&load);
   if (decode_.routers() > 0 && now_ms - last_metrics_ms_ >= context_.config.load_max_interval_ms) {

@@ -122,6 +122,33 @@ TEST_F(CoreTest, GrantCommitArrivalAdmission) {
               HasSubstr("baton_worker_handoffs_total{outcome=\"committed\",reason=\"ok\",side=\"decode\"} 1"));
 }
 
+struct BadMemoryTest : CoreTest {
+  BadMemoryTest() : CoreTest(options()) {}
+  static CoreWorld::Options options() {
+    CoreWorld::Options options;
+    options.others_check = true;
+    options.fabric.corrupt = 1;  // of every message one bit
+    return options;
+  }
+};
+
+TEST_F(BadMemoryTest, CorruptBlocksAreCounted) {
+  EXPECT_THAT(to_prometheus_text(world.metrics.collect()), HasSubstr("baton_worker_transfer_corrupt_blocks_total 0"));
+  auto peer = world.other_agent->connect(world.prefill.frames.front().hello().transfer_metadata()).value();
+  transfer::BlockWrite write;
+  write.local_pool = world.other_pool;
+  write.remote_pool = transfer::PoolId{world.prefill.frames.front().hello().kv_pool()};
+  write.blocks = {{0, 0}, {2, 4}, {4, 8}};
+  write.length_bytes = 8;
+  transfer::Transfer transfer = peer.write(write).value();
+  world.run(300);
+  ASSERT_TRUE(transfer.done());
+  EXPECT_EQ(transfer.status().code(), StatusCode::kDataLoss);
+  const std::string text = to_prometheus_text(world.metrics.collect());
+  EXPECT_THAT(text, HasSubstr("baton_worker_transfer_checked_blocks_total 3"));
+  EXPECT_THAT(text, HasSubstr("baton_worker_transfer_corrupt_blocks_total 3"));
+}
+
 TEST_F(CoreTest, AbortedHandoffFallsBackToThisWorker) {
   world.router.send(generate(1, 10));
   world.run(10);

@@ -49,6 +49,11 @@ struct WorkerMetrics::Impl {
   prometheus::Family<Counter>& transfer_failures =
       counters("baton_worker_transfer_failures_total", "Writes that failed, by path.");
 
+  Counter& checked_blocks =
+      counters("baton_worker_transfer_checked_blocks_total", "KV blocks that a writer in integrity mode had checked here.").Add({});
+  Counter& corrupt_blocks =
+      counters("baton_worker_transfer_corrupt_blocks_total", "Those that did not hold what was sent.").Add({});
+
   prometheus::Family<Gauge>& blocks =
       prometheus::BuildGauge().Name("baton_worker_kv_blocks").Help("KV blocks by state.").Register(registry);
   Gauge& blocks_free = blocks.Add({{"state", "free"}});
@@ -128,6 +133,11 @@ void WorkerMetrics::forget_peer(const std::string& peer) {
   if (it == impl_->peers.end()) return;
   impl_->ready.Remove(it->second);
   impl_->peers.erase(it);
+}
+
+void WorkerMetrics::checked(uint64_t blocks, uint64_t corrupt_blocks) {
+  raise_to(impl_->checked_blocks, static_cast<int64_t>(blocks));
+  raise_to(impl_->corrupt_blocks, static_cast<int64_t>(corrupt_blocks));
 }
 
 void WorkerMetrics::update(const EngineStats& stats, int64_t queued, int64_t quarantined_handoffs,

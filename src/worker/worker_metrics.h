@@ -36,6 +36,9 @@ class WorkerMetrics {
   void transferred(const std::string& peer, const std::string& transport, uint64_t bytes, double seconds);
   void transfer_failed(const std::string& peer, const std::string& transport);
 
+  /// Integrity mode: of the KV blocks here that prefill workers had checked, all so far, and those that were wrong.
+  void checked(uint64_t blocks, uint64_t corrupt_blocks);
+
   void step(double seconds, int64_t outputs);
   void peer_ready(const std::string& peer, bool ready);
   void forget_peer(const std::string& peer);

@@ -85,6 +85,15 @@ struct Node {
     write.tag = tag;
     return write;
   }
+  BlockRead everything_back(int64_t timeout_ms = 20'000) const {
+    BlockRead read;
+    read.local_pool = pool;
+    read.remote_pool = static_cast<PoolId>(0);
+    read.blocks = everything().blocks;
+    read.length_bytes = kStride;
+    read.deadline = Deadline::after_ms(SteadyClock::instance(), timeout_ms);
+    return read;
+  }
 };
 
 /// The other process: one line in, one line out.
@@ -101,6 +110,7 @@ int child_main(const std::string& name, const std::string& transport) {
   Peer peer;
   std::thread writer;
   std::atomic<bool> stop{false};
+  std::atomic<uint64_t> reads{0};
   std::string line;
   while (std::getline(std::cin, line)) {
     std::istringstream in(line);
@@ -144,6 +154,31 @@ int child_main(const std::string& name, const std::string& transport) {
         }
       });
       std::cout << "writing" << std::endl;
+    } else if (command == "read_for_ever") {
+      Result<Peer> connected = node.agent->connect(from_hex(argument));
+      if (!connected.ok()) {
+        std::cout << connected.status().to_string() << std::endl;
+        continue;
+      }
+      peer = *connected;
+      writer = std::thread([&] {
+        while (!stop) {
+          std::vector<Transfer> transfers;
+          for (int i = 0; i < 2; ++i) {
+            Result<Transfer> transfer = peer.read(node.everything_back());
+            if (!transfer.ok()) return;
+            transfers.push_back(*transfer);
+          }
+          for (const Transfer& transfer : transfers) {
+            if (transfer.wait().ok()) ++reads;
+          }
+        }
+      });
+      std::cout << "reading" << std::endl;
+    } else if (command == "one_more_read") {
+      const uint64_t before = reads;
+      while (reads == before && peer.alive()) std::this_thread::yield();
+      std::cout << (reads > before ? "yes" : "no") << std::endl;
     } else if (command == "alive") {
       std::cout << (peer.alive() ? "yes" : "no") << std::endl;
     } else if (command == "exit") {
@@ -183,6 +218,7 @@ class TransferProcess : public ::testing::TestWithParam<std::string> {
   bool integrity() const { return transport() != GetParam(); }
   /// Copies into a stopped process just work where the writer makes them itself.
   bool needs_the_receiver() const { return transport() != "shm" && transport() != "cuda_ipc"; }
+  bool reads_directly() const { return GetParam() == "shm"; }
   /// Closing the owner's socket is enough; elsewhere the writer has to say that it stopped.
   bool owner_fences_alone() const { return transport().ends_with("tcp"); }
 
@@ -349,6 +385,144 @@ TEST_P(TransferProcess, AStoppedWriterIsFencedOrKeptInQuarantine) {
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(receiver.is_all(std::byte{6}));
   EXPECT_EQ(writer.ask("alive"), "no");
   EXPECT_EQ(receiver.agent->stats().inbound_peers, 0u);
+}
+
+TEST_P(TransferProcess, ReadsBringWhatIsThere) {
+  Child owner("owner", GetParam());
+  Node reader;
+  ASSERT_EQ(reader.open("reader", GetParam()), Status());
+  Result<Peer> peer = reader.agent->connect(owner.metadata);
+  ASSERT_TRUE(peer.ok()) << peer.status().to_string();
+  for (int value : {42, 43}) {
+    ASSERT_EQ(owner.ask(fmt::format("fill {}", value)), "ok");
+    Result<Transfer> transfer = peer->read(reader.everything_back());
+    ASSERT_TRUE(transfer.ok());
+    ASSERT_EQ(transfer->wait(), Status());
+    EXPECT_TRUE(reader.is_all(static_cast<std::byte>(value)));
+  }
+  EXPECT_EQ(owner.exit(), 0);
+}
+
+TEST_P(TransferProcess, AKilledOwnerFailsItsReadsOnly) {
+  Child other("other", GetParam());
+  Node reader, quiet;
+  ASSERT_EQ(reader.open("reader", GetParam()), Status());
+  ASSERT_EQ(quiet.open("quiet", GetParam()), Status());
+  Peer to_other = *quiet.agent->connect(other.metadata);
+  for (int round = 0; round < 3; ++round) {
+    Child victim("victim", GetParam());
+    ASSERT_EQ(victim.ask("fill 7"), "ok");
+    Peer peer = *reader.agent->connect(victim.metadata);
+    std::vector<Transfer> bad;
+    for (int i = 0; i < 6; ++i) bad.push_back(*peer.read(reader.everything_back()));
+    Transfer good = *to_other.read(quiet.everything_back());
+    while (peer.stats().read_bytes == 0) std::this_thread::yield();
+    const int64_t killed_ns = SteadyClock::instance().now_ns();
+    victim.kill();
+    for (const Transfer& transfer : bad) (void)transfer.wait();
+    EXPECT_LT(SteadyClock::instance().now_ns() - killed_ns, 5'000'000'000);
+    Status last = bad.back().status();
+    while (last.ok() && SteadyClock::instance().now_ns() - killed_ns < 5'000'000'000) {
+      Result<Transfer> next = peer.read(reader.everything_back());
+      last = next.ok() ? next->wait() : next.status();
+    }
+    EXPECT_TRUE(last.code() == StatusCode::kUnavailable || last.code() == StatusCode::kAborted) << last.to_string();
+    EXPECT_THAT(last.message(), HasSubstr("victim"));
+    EXPECT_EQ(good.wait(), Status());
+    // Where they are not settled a fence makes the memory ours again.
+    const bool settled = std::all_of(bad.begin(), bad.end(), [](const Transfer& transfer) { return transfer.settled(); });
+    EXPECT_TRUE(settled || !reads_directly());
+    if (!settled) {
+      ASSERT_EQ(reader.agent->fence(peer.epoch()), Status());
+    }
+    reader.fill(std::byte{9});
+    EXPECT_EQ(to_other.read(quiet.everything_back())->wait(), Status());
+    EXPECT_TRUE(reader.is_all(std::byte{9}));
+    EXPECT_TRUE(peer.close().ok());
+  }
+}
+
+TEST_P(TransferProcess, AStoppedOwnerHangsNoReader) {
+  Child owner("owner", GetParam());
+  Node reader;
+  ASSERT_EQ(owner.ask("fill 7"), "ok");
+  ASSERT_EQ(reader.open("reader", GetParam()), Status());
+  Peer peer = *reader.agent->connect(owner.metadata);
+  ASSERT_EQ(peer.read(reader.everything_back())->wait(), Status());
+  std::vector<Transfer> transfers;
+  for (int i = 0; i < 4; ++i) transfers.push_back(*peer.read(reader.everything_back(300)));
+  owner.stop();
+  bool settled = true;
+  for (const Transfer& transfer : transfers) {
+    const Status status = transfer.wait();
+    EXPECT_TRUE(status.ok() || status.code() == StatusCode::kDeadlineExceeded || status.code() == StatusCode::kUnavailable)
+        << status.to_string();
+    settled = settled && transfer.settled();
+  }
+  EXPECT_EQ(peer.alive(), reads_directly());
+  EXPECT_EQ(settled, reads_directly());
+  Status fenced = reader.agent->fence(peer.epoch());
+  if (owner_fences_alone() || reads_directly()) {
+    ASSERT_TRUE(fenced.ok()) << fenced.to_string();
+  } else {
+    EXPECT_EQ(fenced.code(), StatusCode::kUnavailable) << fenced.to_string();  // it may be in the middle of a copy
+    owner.resume();
+    for (int i = 0; i < 10 && !fenced.ok(); ++i) fenced = reader.agent->fence(peer.epoch());
+    ASSERT_TRUE(fenced.ok()) << fenced.to_string();
+  }
+  reader.fill(std::byte{6});
+  owner.resume();
+  EXPECT_EQ(owner.ask("is_all 7"), "yes");  // it is back at work
+  for (int i = 0; i < 5; ++i) EXPECT_TRUE(reader.is_all(std::byte{6}));
+  Peer again = *reader.agent->connect(from_hex(owner.ask("metadata")));
+  ASSERT_EQ(again.read(reader.everything_back())->wait(), Status());
+  EXPECT_TRUE(reader.is_all(std::byte{7}));
+}
+
+TEST_P(TransferProcess, AKilledReaderIsForgotten) {
+  Node owner;
+  ASSERT_EQ(owner.open("owner", GetParam()), Status());
+  owner.fill(std::byte{3});
+  const std::string metadata = to_hex(owner.agent->metadata());
+  Child other("other", GetParam());
+  ASSERT_EQ(other.ask("read_for_ever " + metadata), "reading");
+  for (int round = 0; round < 3; ++round) {
+    Child reader("reader", GetParam());
+    ASSERT_EQ(reader.ask("read_for_ever " + metadata), "reading");
+    ASSERT_EQ(reader.ask("one_more_read"), "yes");
+    if (round == 1) {
+      reader.stop();
+      EXPECT_EQ(other.ask("one_more_read"), "yes");
+    }
+    reader.kill();
+    EXPECT_EQ(other.ask("one_more_read"), "yes");
+    const int64_t begin_ns = SteadyClock::instance().now_ns();
+    auto forgotten = [&] {
+      const AgentStats stats = owner.agent->stats();
+      return stats.inbound_peers <= 2 && stats.peers <= 1;  // with staged: two connections of one reader
+    };
+    while (!forgotten() && SteadyClock::instance().now_ns() - begin_ns < 20'000'000'000) std::this_thread::yield();
+    EXPECT_TRUE(forgotten());
+  }
+  EXPECT_TRUE(owner.is_all(std::byte{3}));
+}
+
+TEST_P(TransferProcess, AReaderThatIsFencedInTheMiddleReadsNoMore) {
+  Node owner;
+  ASSERT_EQ(owner.open("owner", GetParam()), Status());
+  owner.fill(std::byte{3});
+  Child reader("reader", GetParam());
+  Result<Peer> to_reader = owner.agent->connect(reader.metadata);
+  ASSERT_TRUE(to_reader.ok());
+  ASSERT_EQ(reader.ask("read_for_ever " + to_hex(owner.agent->metadata())), "reading");
+  ASSERT_EQ(reader.ask("one_more_read"), "yes");
+  Status fenced = owner.agent->fence(to_reader->epoch());
+  for (int i = 0; i < 10 && !fenced.ok(); ++i) fenced = owner.agent->fence(to_reader->epoch());
+  ASSERT_TRUE(fenced.ok()) << fenced.to_string();
+  owner.fill(std::byte{4});
+  EXPECT_EQ(reader.ask("one_more_read"), "no");
+  EXPECT_EQ(reader.ask("alive"), "no");
+  EXPECT_EQ(reader.exit(), 0);
 }
 
 TEST_P(TransferProcess, AutoTakesSharedMemoryOnOneHost) {

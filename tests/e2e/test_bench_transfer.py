@@ -22,7 +22,7 @@ def bench(*arguments, timeout_s=120):
 
 
 class BenchTransfer(unittest.TestCase):
-    def check(self, arguments, transports, baselines):
+    def check(self, arguments, transports, baselines, operation="write"):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "result.json"
             page = pathlib.Path(folder) / "result.html"
@@ -30,6 +30,7 @@ class BenchTransfer(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stdout)
             result = json.loads(path.read_text())
             self.assertIn("<svg", page.read_text())
+        self.assertEqual(result["operation"], operation)
         self.assertEqual([p["transport"] for p in result["paths"]], transports)
         # 3 sizes, 2 counts, 2 orders; 2 runs and the one that warms up, of 3 and of 8 blocks.
         self.assertEqual(len(result["rows"]), 12 * len(transports))
@@ -46,11 +47,17 @@ class BenchTransfer(unittest.TestCase):
         self.check(["--transport", "shm", "tcp"], ["shm", "tcp"], both)
         self.check(["--transport", "shm", "--memory", "private"], ["shm"], both)
 
+    def test_reads_are_right_and_stand_beside_their_baselines(self):
+        both = {"shm": ["memcpy", "process_vm_readv"], "tcp": ["libfabric"]}
+        self.check(["--operation", "read", "--transport", "shm", "tcp"], ["shm", "tcp"], both, "read")
+        self.check(["--operation", "read", "--transport", "shm", "--memory", "private"], ["shm"], both, "read")
+
     def test_integrity_mode(self):
-        done = bench(*SMALL, "--blocks", "3", "--integrity", "--transport", "shm", "tcp")
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn("integrity mode", done.stdout)
-        self.assertIn("blocks compared, all right", done.stdout)
+        for operation in ("write", "read"):
+            done = bench(*SMALL, "--blocks", "3", "--integrity", "--operation", operation, "--transport", "shm", "tcp")
+            self.assertEqual(done.returncode, 0, done.stdout)
+            self.assertIn("integrity mode", done.stdout)
+            self.assertIn("blocks compared, all right", done.stdout)
 
     @unittest.skipUnless(FAKE_CUDA, "there is no stand-in for CUDA")
     def test_gpu_memory_is_right_and_stands_beside_the_drivers_copies(self):

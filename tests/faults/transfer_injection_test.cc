@@ -204,6 +204,79 @@ TEST_P(TransferInjection, CancelledWritesLeaveSettledMemoryAlone) {
   EXPECT_TRUE(peer.alive());
 }
 
+TEST_P(TransferInjection, ReadsAreDoneOnlyWhenAllDataIsHere) {
+  Node owner("owner"), reader("reader");
+  Peer peer = *reader.agent->connect(owner.agent->metadata());
+  Random random(5);
+  std::atomic<int> wrong{0};
+  for (int round = 0; round < 60; ++round) {
+    Countdown here(kSlots);
+    std::vector<Transfer> transfers;
+    for (uint32_t slot = 0; slot < kSlots; ++slot) {
+      const uint32_t first = slot * kBlocksPerSlot;
+      const auto value = static_cast<std::byte>(1 + random.below(200));
+      BlockRead read;
+      read.local_pool = reader.pool;
+      read.remote_pool = owner.pool;
+      const uint32_t count = 1 + static_cast<uint32_t>(random.below(kBlocksPerSlot));
+      for (uint32_t i = 0; i < count; ++i) read.blocks.push_back({first + (i * 5 + 3) % kBlocksPerSlot, first + i});
+      read.length_bytes = 1 + random.below(random.chance(0.5) ? 512 : kStride);
+      read.offset_bytes = random.below(kStride - read.length_bytes + 1);
+      std::fill_n(owner.block(first), kBlocksPerSlot * kStride, value);
+      std::fill_n(reader.block(first), kBlocksPerSlot * kStride, kPoison);
+      auto check = [&, read, value](const Status& status) {
+        wrong += !status.ok();
+        for (const BlockPair& pair : read.blocks) {
+          const std::byte* data = reader.block(pair.local_block);
+          const uint64_t end = read.offset_bytes + read.length_bytes;
+          wrong += !is_all(data, read.offset_bytes, kPoison) || !is_all(data + read.offset_bytes, read.length_bytes, value) ||
+                   !is_all(data + end, kStride - end, kPoison);
+        }
+        here.down();
+      };
+      Result<Transfer> transfer = peer.read(read, check);
+      ASSERT_TRUE(transfer.ok()) << transfer.status().to_string();
+      transfers.push_back(*transfer);
+    }
+    ASSERT_TRUE(here.wait()) << "round " << round;
+    ASSERT_EQ(wrong.load(), 0) << "round " << round;
+  }
+  EXPECT_EQ(reader.agent->stats().stray_messages, 0u);
+  EXPECT_TRUE(peer.alive());
+}
+
+TEST_P(TransferInjection, CancelledReadsLeaveSettledMemoryAlone) {
+  Node owner("owner"), reader("reader");
+  std::fill(owner.memory.begin(), owner.memory.end(), std::byte{9});
+  Peer peer = *reader.agent->connect(owner.agent->metadata());
+  Random random(6);
+  int cut_short = 0;
+  for (int round = 0; round < 60; ++round) {
+    BlockRead read;
+    read.local_pool = reader.pool;
+    read.remote_pool = owner.pool;
+    read.length_bytes = kStride;
+    for (uint32_t i = 0; i < kBlocks; ++i) read.blocks.push_back({i, kBlocks - 1 - i});
+    Transfer transfer = *peer.read(read);
+    const uint64_t start = reader.agent->stats().messages_received;
+    const uint64_t some = random.below(kBlocks);
+    while (!transfer.done() && reader.agent->stats().messages_received < start + some) std::this_thread::yield();
+    transfer.cancel();
+    const Status status = transfer.wait();
+    ASSERT_TRUE(status.ok() || status.code() == StatusCode::kCancelled) << status.to_string();
+    ASSERT_TRUE(transfer.settled());
+    cut_short += !status.ok();
+    std::fill(reader.memory.begin(), reader.memory.end(), kPoison);
+    BlockRead one = read;
+    one.blocks = {{0, 0}};
+    ASSERT_EQ(peer.read(one)->wait(), Status());
+    ASSERT_TRUE(is_all(reader.block(0), kStride, std::byte{9}));
+    ASSERT_TRUE(is_all(reader.block(1), (kBlocks - 1) * kStride, kPoison)) << "round " << round;
+  }
+  EXPECT_GT(cut_short, 0);
+  EXPECT_TRUE(peer.alive());
+}
+
 TEST_P(TransferInjection, ManyPairsComeAndGo) {
   std::vector<std::unique_ptr<Node>> nodes;
   for (int i = 0; i < 3; ++i) nodes.push_back(std::make_unique<Node>("node-" + std::to_string(i)));

@@ -24,10 +24,10 @@
 ///
 ///   transfer_kill_test shm|tcp|shm+integrity|tcp+integrity|cuda_ipc|staged:shm [--seeds N] [--first-seed S] [--slack SECONDS]
 ///
-/// The survivor (this process) has two peers. It writes to both and both write to it; one of them, the victim, is killed or
-/// stopped at a moment that the seed says: before it was connected, while connecting, with the first bytes, in the middle.
+/// The survivor (this process) has two peers. It writes to both and both write to it, or it reads from the victim; the victim is
+/// killed or stopped at a moment that the seed says: before it was connected, while connecting, with the first bytes, in the middle.
 /// Then:
-///   - every write to the victim ends, with an error once it is dead, by its deadline while it is stopped;
+///   - every write to the victim and every read from it ends, with an error once it is dead, by its deadline while it is stopped;
 ///   - the other peer's writes all go on and succeed;
 ///   - after settled() or fence() memory stays as its owner left it (it is filled with a pattern that nobody writes);
 ///   - nothing is left in /dev/shm, no file stays open.
@@ -93,6 +93,15 @@ struct Node {
     write.length_bytes = kStride;
     write.deadline = Deadline::after_ms(SteadyClock::instance(), timeout_ms);
     return write;
+  }
+  static BlockRead half_back(uint32_t local, uint32_t remote, int64_t timeout_ms) {
+    BlockWrite same = half(local, remote, timeout_ms);
+    BlockRead read;
+    read.local_pool = read.remote_pool = same.local_pool;
+    read.blocks = std::move(same.blocks);
+    read.length_bytes = same.length_bytes;
+    read.deadline = same.deadline;
+    return read;
   }
 };
 
@@ -188,8 +197,9 @@ class Survivor {
   void run(uint64_t seed) {
     Random random(mix_bits(seed, transport_ == "tcp"));
     bool kill = random.chance(0.5);
-    bool it_writes = random.chance(0.7);  // the victim into us
-    bool we_write = !it_writes || random.chance(0.7);
+    bool we_read = random.chance(0.4);
+    bool it_writes = !we_read && random.chance(0.7);  // the victim into us
+    bool we_write = (!it_writes && !we_read) || random.chance(0.7);
     uint64_t moment = random.below(4);  // 0: before we connect; 1: at once; 2: after some µs; 3: after some messages
     size_t files = open_files();
     AgentStats before = node_.agent->stats();
@@ -203,13 +213,18 @@ class Survivor {
     Result<Peer> peer = node_.agent->connect(victim.metadata);
     std::vector<Transfer> transfers;
     // Its blocks in our memory are the same that we write from, unless only one of us writes.
-    uint32_t from = it_writes ? kHalf : 0;
+    uint32_t from = it_writes || we_read ? kHalf : 0;
     int64_t timeout_ms = kill ? 30'000 : 200 + static_cast<int64_t>(random.below(300));
     if (peer.ok() && we_write) {
       for (int i = 0; i < 5; ++i) {
         Result<Transfer> transfer = peer->write(Node::half(from, 0, timeout_ms));
         if (transfer.ok()) transfers.push_back(*transfer);
       }
+    }
+    std::vector<Transfer> reads;
+    for (int i = 0; peer.ok() && we_read && i < 5; ++i) {
+      Result<Transfer> transfer = peer->read(Node::half_back(0, kHalf, timeout_ms));
+      if (transfer.ok()) reads.push_back(*transfer);
     }
     if (moment == 2) {
       double until = now_s() + static_cast<double>(random.below(20'000)) * 1e-6;
@@ -220,6 +235,10 @@ class Survivor {
       auto progressed = [&] {
         if (we_write && peer.ok()) {
           return peer->stats().messages >= some || std::all_of(transfers.begin(), transfers.end(), [](const Transfer& t) { return t.done(); });
+        }
+        if (we_read) {
+          return !peer.ok() || peer->stats().read_bytes > 0 ||
+                 std::all_of(reads.begin(), reads.end(), [](const Transfer& t) { return t.done(); });
         }
         return node_.has(0, kFromChild);
       };
@@ -236,14 +255,21 @@ class Survivor {
       settled = settled && transfer.settled();
       failed = failed || !status.ok();
     }
+    bool reads_settled = true;
+    for (const Transfer& transfer : reads) {
+      const Status status = transfer.wait();
+      reads_settled = reads_settled && transfer.settled();
+      failed = failed || !status.ok();
+    }
     double took = now_s() - struck;
     longest_s_ = std::max(longest_s_, took);
     double allowed = (kill ? 1.0 : static_cast<double>(timeout_ms) * 1e-3 + 1.0) + slack_s;
-    BATON_CHECK(took < allowed) << "the writes took " << took << " s";
+    BATON_CHECK(took < allowed) << "the writes and reads took " << took << " s";
     if (kill) ++killed_; else ++stopped_;
 
-    // What it wrote into us: shut it out, then the memory is ours.
-    if (it_writes) {
+    // What it wrote into us, or writes for reads of ours that ended without its word: shut it out, then the memory is ours.
+    if (we_read) ++read_;
+    if (it_writes || !reads_settled) {
       Epoch epoch = peer.ok() ? peer->epoch() : Epoch::kNone;
       BATON_CHECK(peer.ok() || kill) << "a stopped peer can be connected to: " << peer.status().to_string();
       if (epoch != Epoch::kNone) {
@@ -263,8 +289,9 @@ class Survivor {
       }
       node_.fill(0, kPoison);
     }
+    if (we_read) node_.fill(0, kPoison);
     // Our own memory is not read any more: what it holds now never shows up anywhere.
-    if (we_write && !it_writes) node_.fill(0, kPoison);
+    if (we_write && !it_writes && !we_read) node_.fill(0, kPoison);
 
     if (!kill) {
       // Back to life. What had to be broken off may still be in its buffers, unless it shuts us out.
@@ -272,7 +299,7 @@ class Survivor {
       std::string epoch = std::to_string(static_cast<uint64_t>(node_.agent->epoch()));
       bool must_fence = !settled;
       if (must_fence) BATON_CHECK(victim.ask("fence " + epoch) == "ok");
-      if (we_write && !it_writes) BATON_CHECK(victim.ask("unpoisoned?") == "ok") << "bytes from after the end came through";
+      if (we_write && !it_writes && !we_read) BATON_CHECK(victim.ask("unpoisoned?") == "ok") << "bytes from after the end came through";
       BATON_CHECK(victim.ask("poison") == "ok");
       if (must_fence) ++fenced_;
       BATON_CHECK(victim.ask("ping") == "ok" && victim.ask("clean?") == "ok")
@@ -283,9 +310,8 @@ class Survivor {
     double patience = now_s() + 1 + slack_s;
     while (bystander_writes_ < others + 3 && now_s() < patience) std::this_thread::yield();
     BATON_CHECK(bystander_writes_ >= others + 3) << "the other peer's writes stand still";
-    if (it_writes || we_write) {
-      BATON_CHECK(!it_writes || node_.is_all(0, kPoison)) << "written after fence()";
-    }
+    if (it_writes) BATON_CHECK(node_.is_all(0, kPoison)) << "written after fence()";
+    if (we_read) BATON_CHECK(node_.is_all(0, kPoison)) << "written after " << (reads_settled ? "settled()" : "fence()");
     if (peer.ok()) {
       Status closed = peer->close();
       BATON_CHECK(closed.ok()) << closed.to_string();
@@ -305,9 +331,9 @@ class Survivor {
   }
 
   std::string summary() const {
-    return fmt::format("{} killed, {} stopped ({} had to be fenced), writes failed in {}; longest wait for the end of the "
+    return fmt::format("{} killed, {} stopped ({} had to be fenced), read from in {}, writes or reads failed in {}; longest wait for the end of the "
                        "writes {:.2f} s; {} writes to the other peer",
-                       killed_, stopped_, fenced_, failures_, longest_s_, bystander_writes_.load());
+                       killed_, stopped_, fenced_, read_, failures_, longest_s_, bystander_writes_.load());
   }
 
  private:
@@ -317,7 +343,7 @@ class Survivor {
   std::thread bystander_;
   std::atomic<bool> stop_{false};
   std::atomic<uint64_t> bystander_writes_{0};
-  int killed_ = 0, stopped_ = 0, fenced_ = 0, failures_ = 0;
+  int killed_ = 0, stopped_ = 0, fenced_ = 0, read_ = 0, failures_ = 0;
   double longest_s_ = 0;
 };
 

@@ -43,6 +43,7 @@ class SlowFence final : public worker::KvTransfer {
   std::string metadata() const override { return inner_.metadata(); }
   uint32_t pool() const override { return inner_.pool(); }
   std::string describe() const override { return inner_.describe(); }
+  transfer::AgentStats stats() override { return inner_.stats(); }
   Result<std::unique_ptr<worker::KvLink>> connect(Epoch peer, const std::string& metadata,
                                                   uint32_t remote_pool) override {
     return inner_.connect(peer, metadata, remote_pool);

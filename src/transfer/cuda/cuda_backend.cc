@@ -194,6 +194,7 @@ class CudaBackend final : public Backend, private ControlPlane::Delegate {
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_.inbound(); }
   CheckChannel& checks() override { return control_; }
+  ReadChannel& reads() override { return control_; }
   Result<std::span<const std::byte>> read_back(const BackendRegion& region, uint64_t offset, uint64_t bytes) override;
 
  private:

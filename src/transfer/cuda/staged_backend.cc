@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "transfer/cuda/staged_backend_impl.h"
+#include "transfer/descriptors.h"
 #include "transfer/fabric/provider.h"
 
 namespace baton::transfer {
@@ -280,7 +281,7 @@ int64_t StagedBackend::prepare_wait(std::vector<pollfd>& fds) {
 Result<std::shared_ptr<UnusedSockets>> UnusedSockets::create() {
   auto sockets = std::make_shared<UnusedSockets>();
   sockets->epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
-  if (!sockets->epoll_) return internal_error("epoll_create1: {}", std::strerror(errno));
+  if (!sockets->epoll_) return descriptor_error("epoll_create1", errno);
   return sockets;
 }
 
@@ -288,7 +289,7 @@ Status UnusedSockets::watch(int fd) {
   epoll_event event{};
   event.events = EPOLLIN;
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) == 0) return Status();
-  return internal_error("epoll_ctl: {}", std::strerror(errno));
+  return watch_error("epoll_ctl", errno);
 }
 
 Result<std::unique_ptr<Backend>> create_staged_backend(std::shared_ptr<BackendContext> context,

@@ -93,6 +93,10 @@ class FakeBackend final : public Backend {
   size_t progress(BackendEvents&) override { return 0; }
   int64_t prepare_wait(std::vector<pollfd>&) override { return 0; }
   uint64_t inbound_peers() const override { return 0; }
+  ReadChannel& reads() override {
+    BATON_CHECK(false) << "nobody reads here";
+    __builtin_unreachable();
+  }
   CheckChannel& checks() override {
     BATON_CHECK(false) << "nobody checks here";
     std::abort();

@@ -19,6 +19,8 @@ namespace {
 /// a large one the socket fills meanwhile.
 constexpr int64_t kAwakeNs = 200'000;
 constexpr int64_t kControlEveryNs = 20'000;
+/// While there are reads: their words go that way (54 µs for a block of 4 KiB otherwise).
+constexpr int64_t kControlOfReadsEveryNs = 3'000;
 constexpr int64_t kGreetAgainNs = 500'000;
 /// Endpoints of writers that went away before they greeted. When the writer's end is known to be closed, the end of a half-open
 /// connection is here in no time; otherwise (a stopped process, a rail that is cut) it may take for ever.
@@ -142,7 +144,7 @@ size_t FabricBackend::progress(BackendEvents& events) {
   size_t count = 0;
   // While awake the queues are looked at all the time; the control connections cost a system call.
   const int64_t begin_ns = now_ns();
-  if (slept_ || begin_ns - control_seen_ns_ >= kControlEveryNs) {
+  if (slept_ || begin_ns - control_seen_ns_ >= (control_->reads_going_on() ? kControlOfReadsEveryNs : kControlEveryNs)) {
     control_seen_ns_ = begin_ns;
     count = control_->progress();
   }

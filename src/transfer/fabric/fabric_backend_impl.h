@@ -38,6 +38,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_->inbound(); }
   CheckChannel& checks() override { return *control_; }
+  ReadChannel& reads() override { return *control_; }
 
  private:
   friend class FabricLink;

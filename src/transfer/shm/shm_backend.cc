@@ -27,6 +27,8 @@ namespace {
 constexpr uint32_t kMaxSegments = 512;
 /// From here on a message is copied past the caches. Below, whoever is told of it finds it warm.
 constexpr uint64_t kMinStreamBytes = 256u << 10;
+/// And a piece of a read: below, what prefetching finds too late costs more than the stores gain (4 KiB: 4.8 GB/s, memcpy 6.2).
+constexpr uint64_t kMinStreamReadBytes = 16u << 10;
 
 /// A region, and how others can map it when it is shared memory.
 class ShmRegion final : public BackendRegion {
@@ -172,6 +174,8 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   }
   uint64_t inbound_peers() const override { return control_.inbound(); }
   CheckChannel& checks() override { return control_; }
+  ReadChannel& reads() override { return control_; }
+  bool reads_directly() const override { return true; }
 
  private:
   friend class ShmLink;
@@ -314,8 +318,9 @@ Status ShmLink::copy_mapped(const BackendMessage& message, MappedPool& remote) {
   for (const Segment& segment : message.segments) {
     remote.prepare(segment.remote_offset, segment.bytes);
     std::byte* to = remote.data() + segment.remote_offset;
-    const std::byte* from = message.local->data + segment.local_offset;
-    if (stream) {
+    std::byte* from = message.local->data + segment.local_offset;
+    if (message.read) std::swap(from, to);
+    if (stream && (!message.read || segment.bytes >= kMinStreamReadBytes)) {
       stream_copy(to, from, segment.bytes);
     } else {
       std::memcpy(to, from, segment.bytes);
@@ -337,11 +342,13 @@ Status ShmLink::copy_by_kernel(const BackendMessage& message, uint64_t remote_ba
   }
   size_t first = 0;
   while (first < count) {
-    ssize_t n = ::process_vm_writev(pid_, local + first, count - first, remote + first, count - first, 0);
+    ssize_t n = (message.read ? ::process_vm_readv : ::process_vm_writev)(pid_, local + first, count - first, remote + first,
+                                                                          count - first, 0);
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) {
       int error = n == 0 ? EFAULT : errno;
-      return unavailable("process_vm_writev to '{}' (pid {}): {}", peer_name_, pid_, std::strerror(error));
+      return unavailable("process_vm_{}v of '{}' (pid {}): {}", message.read ? "read" : "write", peer_name_, pid_,
+                         std::strerror(error));
     }
     // A short count (a signal, or the end of a mapping) ends inside some piece: go on from there.
     auto left = static_cast<size_t>(n);

@@ -99,7 +99,7 @@ TEST(SharedPool, ATicketIsCheckedAgainstTheFile) {
 }
 
 /// Both kinds of memory, in messages that are streamed and in small ones, through real agents.
-TEST(ShmBackend, WritesIntoSharedAndPrivateMemoryAlike) {
+TEST(ShmBackend, WritesIntoAndReadsFromSharedAndPrivateMemoryAlike) {
   constexpr uint64_t kStride = 12'000, kCount = 300;
   for (bool is_shared : {true, false}) {
     MappedMemory target_memory = is_shared ? shared(kStride * kCount) : std::move(*MappedMemory::create_private(kStride * kCount));
@@ -136,6 +136,23 @@ TEST(ShmBackend, WritesIntoSharedAndPrivateMemoryAlike) {
         ASSERT_EQ(there[7], std::byte{0});
         ASSERT_EQ(there[kStride - 8], std::byte{0});
       }
+      // And back. The owner has no part in it.
+      std::memset(source_memory.data(), 0, source_memory.bytes());
+      BlockRead read;
+      read.blocks = write.blocks;
+      read.offset_bytes = 100;
+      read.length_bytes = kStride - 200;
+      Result<Transfer> back = peer->read(read);
+      ASSERT_TRUE(back.ok());
+      ASSERT_TRUE(back->wait().ok()) << back->status().to_string();
+      for (const BlockPair& pair : write.blocks) {
+        const std::byte* here = source_memory.data() + pair.local_block * kStride;
+        ASSERT_EQ(std::memcmp(here + 100, target_memory.data() + pair.remote_block * kStride + 100, kStride - 200), 0);
+        ASSERT_EQ(here[99], std::byte{0});
+        ASSERT_EQ(here[kStride - 100], std::byte{0});
+      }
+      EXPECT_EQ((*target)->stats().served_reads, 0u);
+      for (std::byte& b : source_memory.span()) b = static_cast<std::byte>(random());
     }
     EXPECT_TRUE(peer->close().ok());
   }

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -28,7 +29,7 @@ class SimFabric::Network {
   explicit Network(SimOptions options) : options_(options), random_(options.seed) {}
 
   struct Event {
-    enum class Kind { kDeliver, kComplete, kLinkFailed, kCheck, kCheckResult, kNudge } kind = Kind::kNudge;
+    enum class Kind { kDeliver, kComplete, kLinkFailed, kCheck, kCheckResult, kRead, kReadAnswer, kNudge } kind = Kind::kNudge;
     Epoch from = Epoch::kNone;
     Epoch to = Epoch::kNone;
     uint64_t link = 0;
@@ -42,6 +43,8 @@ class SimFabric::Network {
     Status status;
     Check check;
     CheckResult result;
+    ReadRequest read;
+    ReadAnswer read_answer;
   };
   struct Node {
     SimBackend* backend = nullptr;
@@ -54,6 +57,9 @@ class SimFabric::Network {
     std::vector<std::pair<uint64_t, Event>> outcomes;  // link, what happened
     std::vector<CheckChannel::Received> checks;
     std::vector<CheckChannel::Answer> check_results;
+    std::vector<ReadChannel::Received> read_requests;
+    std::vector<ReadChannel::Answer> read_answers;
+    std::unordered_set<uint64_t> readers;  // links
 
     bool refuses(Epoch writer, uint64_t serial) const {
       auto it = fenced.find(writer);
@@ -72,11 +78,17 @@ class SimFabric::Network {
     int64_t span = options_.max_delay_ns - options_.min_delay_ns;
     return options_.min_delay_ns + (span > 0 ? static_cast<int64_t>(random_.below(static_cast<uint64_t>(span) + 1)) : 0);
   }
+  /// Words between the two ends of a link keep their order in each direction, as on a stream socket.
+  int64_t control_due_ns(int64_t now_ns, uint64_t link, bool to_owner) {
+    int64_t& last_ns = last_control_ns_[{link, to_owner}];
+    return last_ns = std::max(last_ns, now_ns + delay_ns());
+  }
   void wake(Node& node) {
     if (node.context != nullptr) node.context->wake();
   }
   size_t advance(int64_t now_ns);
   void deliver(Event& event, Node& to);
+  void deliver_control(Event& event, const Node& from, Node& to);
   /// The sender's memory may go away: takes the bytes of what is on its way, or forgets it.
   template <typename Predicate>
   void detach(Predicate&& which);
@@ -88,6 +100,7 @@ class SimFabric::Network {
   std::vector<Event> held_;  // of agents that are stalled
   std::unordered_map<Epoch, Node> nodes_;
   std::map<std::pair<Epoch, Epoch>, int64_t> last_due_ns_;
+  std::map<std::pair<uint64_t, bool>, int64_t> last_control_ns_;
   uint64_t next_sequence_ = 0;
   uint64_t next_link_ = 1;
   uint64_t delivered_ = 0;
@@ -113,7 +126,7 @@ class SimLink final : public Link {
   const uint64_t serial_;
 };
 
-class SimBackend final : public Backend, private CheckChannel {
+class SimBackend final : public Backend, private CheckChannel, private ReadChannel {
  public:
   SimBackend(SimFabric& fabric, std::shared_ptr<BackendContext> context)
       : network_(fabric.network()), context_(std::move(context)) {
@@ -201,20 +214,46 @@ class SimBackend final : public Backend, private CheckChannel {
   int64_t prepare_wait(std::vector<pollfd>&) override {
     std::lock_guard lock(network_.mutex_);
     Network::Node& node = network_.nodes_[context_->epoch];
-    bool news = !node.arrivals.empty() || !node.outcomes.empty() || !node.checks.empty() || !node.check_results.empty();
+    bool news = !node.arrivals.empty() || !node.outcomes.empty() || !node.checks.empty() || !node.check_results.empty() ||
+                !node.read_requests.empty() || !node.read_answers.empty();
     if (!node.dead && !node.stalled && news) return 0;
     if (network_.events_.empty()) return kNever;
     return std::max<int64_t>(network_.events_.begin()->first.first - context_->clock->now_ns(), 0);
   }
   uint64_t inbound_peers() const override { return 0; }
 
+  using Connection = uint64_t;
   CheckChannel& checks() override { return *this; }
+  ReadChannel& reads() override { return *this; }
   std::unique_lock<std::mutex> hold_writes() override { return std::unique_lock(network_.mutex_); }
   bool send_check(Connection link, const Check& check) override;
   bool send_check_result(Connection link, const CheckResult& result) override;
   bool serves(Connection link) const override;
-  void take_checks(std::vector<Received>& checks) override { take(&Network::Node::checks, checks); }
-  void take_check_results(std::vector<Answer>& results) override { take(&Network::Node::check_results, results); }
+  void take_checks(std::vector<CheckChannel::Received>& checks) override { take(&Network::Node::checks, checks); }
+  void take_check_results(std::vector<CheckChannel::Answer>& results) override { take(&Network::Node::check_results, results); }
+  bool send_read_request(Connection link, const ReadRequest& request) override;
+  bool send_read_answer(Connection link, const ReadAnswer& answer) override;
+  void take_read_requests(std::vector<ReadChannel::Received>& requests) override { take(&Network::Node::read_requests, requests); }
+  void take_read_answers(std::vector<ReadChannel::Answer>& answers) override { take(&Network::Node::read_answers, answers); }
+  void take_gone_readers(std::vector<Connection>& gone) override {
+    std::lock_guard lock(network_.mutex_);
+    Network::Node& node = network_.nodes_[context_->epoch];
+    if (node.dead || node.stalled) return;
+    for (Connection link : node.readers) {
+      if (served_link(link) == nullptr) gone.push_back(link);
+    }
+    for (Connection link : gone) node.readers.erase(link);
+  }
+  /// False when this node cannot say anything now. REQUIRES: the network's lock.
+  bool send_control(Network::Event event, Epoch to, uint64_t link, bool to_owner) {
+    const Network::Node& self = network_.nodes_[context_->epoch];
+    if (self.dead || self.stalled) return false;
+    event.from = context_->epoch;
+    event.to = to;
+    event.link = link;
+    network_.schedule(network_.control_due_ns(context_->clock->now_ns(), link, to_owner), std::move(event));
+    return true;
+  }
   template <typename T>
   void take(std::vector<T> Network::Node::*from, std::vector<T>& to) {
     std::lock_guard lock(network_.mutex_);
@@ -258,6 +297,9 @@ class SimBackend final : public Backend, private CheckChannel {
 SimLink::~SimLink() {
   std::lock_guard lock(backend_.network_.mutex_);
   backend_.links_.erase(id_);
+  backend_.network_.last_control_ns_.erase({id_, false});
+  backend_.network_.last_control_ns_.erase({id_, true});
+  if (Network::Node* peer = backend_.network_.find(peer_)) backend_.network_.wake(*peer);
   backend_.network_.detach([this](const Network::Event& event) { return event.link == id_; });
 }
 
@@ -281,31 +323,38 @@ bool SimBackend::serves(Connection link) const {
 
 bool SimBackend::send_check(Connection link, const Check& check) {
   std::lock_guard lock(network_.mutex_);
-  Network::Node& self = network_.nodes_[context_->epoch];
-  if (self.dead || self.stalled) return false;
   Network::Event event;
   event.kind = Network::Event::Kind::kCheck;
-  event.from = context_->epoch;
-  event.to = links_.at(link)->peer_;
-  event.link = link;
   event.check = check;
-  network_.schedule(context_->clock->now_ns() + network_.delay_ns(), std::move(event));
-  return true;
+  return send_control(std::move(event), links_.at(link)->peer_, link, true);
+}
+
+bool SimBackend::send_read_request(Connection link, const ReadRequest& request) {
+  std::lock_guard lock(network_.mutex_);
+  Network::Event event;
+  event.kind = Network::Event::Kind::kRead;
+  event.read = request;
+  return send_control(std::move(event), links_.at(link)->peer_, link, true);
 }
 
 bool SimBackend::send_check_result(Connection link, const CheckResult& result) {
   std::lock_guard lock(network_.mutex_);
-  Network::Node& self = network_.nodes_[context_->epoch];
   const SimLink* writer = served_link(link);
-  if (self.dead || self.stalled || writer == nullptr) return false;
+  if (writer == nullptr) return false;
   Network::Event event;
   event.kind = Network::Event::Kind::kCheckResult;
-  event.from = context_->epoch;
-  event.to = writer->backend_.context_->epoch;
-  event.link = link;
   event.result = result;
-  network_.schedule(context_->clock->now_ns() + network_.delay_ns(), std::move(event));
-  return true;
+  return send_control(std::move(event), writer->backend_.context_->epoch, link, false);
+}
+
+bool SimBackend::send_read_answer(Connection link, const ReadAnswer& answer) {
+  std::lock_guard lock(network_.mutex_);
+  const SimLink* reader = served_link(link);
+  if (reader == nullptr) return false;
+  Network::Event event;
+  event.kind = Network::Event::Kind::kReadAnswer;
+  event.read_answer = answer;
+  return send_control(std::move(event), reader->backend_.context_->epoch, link, false);
 }
 
 Result<PostResult> SimLink::post(const BackendMessage& message) {
@@ -382,6 +431,20 @@ void SimFabric::Network::deliver(Event& event, Node& to) {
   wake(to);
 }
 
+void SimFabric::Network::deliver_control(Event& event, const Node& from, Node& to) {
+  const bool served = to.backend->served_link(event.link) != nullptr;
+  if (event.kind == Event::Kind::kCheckResult) {
+    to.check_results.push_back({event.link, std::move(event.result)});
+  } else if (event.kind == Event::Kind::kReadAnswer) {
+    to.read_answers.push_back({event.link, std::move(event.read_answer)});
+  } else if (event.kind == Event::Kind::kCheck && served) {
+    to.checks.push_back({event.link, from.context->agent_name, std::move(event.check)});
+  } else if (event.kind == Event::Kind::kRead && served) {
+    to.readers.insert(event.link);
+    to.read_requests.push_back({event.link, event.from, from.context->agent_name, std::move(event.read)});
+  }
+}
+
 size_t SimFabric::Network::advance(int64_t now_ns) {
   size_t count = 0;
   while (!events_.empty() && events_.begin()->first.first <= now_ns) {
@@ -414,13 +477,9 @@ size_t SimFabric::Network::advance(int64_t now_ns) {
       if (event.link != 0) schedule(due_ns, std::move(outcome));
       continue;
     }
-    if (event.kind == Event::Kind::kCheck || event.kind == Event::Kind::kCheckResult) {
+    if (event.kind != Event::Kind::kComplete && event.kind != Event::Kind::kLinkFailed) {
       if (to->dead || to->backend == nullptr || from->dead || from->backend == nullptr) continue;
-      if (event.kind == Event::Kind::kCheckResult) {
-        to->check_results.push_back({event.link, std::move(event.result)});
-      } else if (to->backend->served_link(event.link) != nullptr) {
-        to->checks.push_back({event.link, from->context->agent_name, std::move(event.check)});
-      }
+      deliver_control(event, *from, *to);
       wake(*to);
       continue;
     }

@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/unique_handle.h"
 #include "transfer/control.h"
+#include "transfer/descriptors.h"
 #include "transfer/fabric/provider.h"
 #include "transfer/ucx/inbound.h"
 #include "transfer/ucx/link.h"
@@ -51,7 +52,7 @@ class UcxBackend final : public Backend, private ControlPlane::Delegate, private
 
   Status open() {
     bells_.reset(::epoll_create1(EPOLL_CLOEXEC));
-    if (!bells_) return internal_error("epoll_create1: {}", std::strerror(errno));
+    if (!bells_) return descriptor_error("epoll_create1", errno);
     BATON_ASSIGN_OR_RETURN(ucx_, Context::create(choice_, context_->agent_name));
     provider_ = fmt::format("ucx-{}{}{}", ucx_->version(), choice_.tls.empty() ? "" : " ", choice_.tls);
     if (choice_.one_sided) {
@@ -100,6 +101,7 @@ class UcxBackend final : public Backend, private ControlPlane::Delegate, private
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
   uint64_t inbound_peers() const override { return control_->inbound(); }
   CheckChannel& checks() override { return *control_; }
+  ReadChannel& reads() override { return *control_; }
 
  private:
   struct Done {
@@ -161,7 +163,7 @@ Result<std::unique_ptr<Worker>> UcxBackend::open_worker() {
     event.events = EPOLLIN;
     event.data.ptr = worker.get();
     if (::epoll_ctl(bells_.get(), EPOLL_CTL_ADD, worker->wait_fd(), &event) != 0) {
-      return internal_error("epoll_ctl of a UCX worker's descriptor: {}", std::strerror(errno));
+      return watch_error("epoll_ctl of a UCX worker's descriptor", errno);
     }
   }
   workers_.push_back(worker.get());

@@ -54,6 +54,8 @@ class CoreWorld {
     int32_t block_tokens = 4;
     int32_t max_model_len = 64;
     protocol::ChannelLimits limits;
+    transfer::SimOptions fabric;
+    bool others_check = false;  ///< the puppets' agent writes in integrity mode
   };
   static CoreConfig default_core() {
     CoreConfig core;
@@ -86,6 +88,7 @@ class CoreWorld {
     agent = transfer::create_sim_agent(fabric, agent_config, clock).value();
     auto region = agent->register_memory(engine->kv_pool(), transfer::MemoryKind::kHost).value();
     auto pool = agent->add_pool({region, block_bytes, blocks}).value();
+    agent_config.integrity = options.others_check;
     other_agent = transfer::create_sim_agent(fabric, agent_config, clock).value();
     other_memory.resize(block_bytes * blocks);
     auto other_region = other_agent->register_memory(other_memory, transfer::MemoryKind::kHost).value();
@@ -166,7 +169,7 @@ class CoreWorld {
  public:
   ManualClock clock;
   protocol::InMemoryNetwork network;
-  transfer::SimFabric fabric{transfer::SimOptions{}};
+  transfer::SimFabric fabric{options_.fabric};
   baton::testing::FakeModel model;
   std::unique_ptr<Engine> engine;
   std::vector<std::byte> other_memory;

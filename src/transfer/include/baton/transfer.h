@@ -15,7 +15,8 @@
 #include "base/status.h"
 
 /// Baton's KV transfer library: moves blocks from a pool of this process into a pool of another one,
-/// one-sided, over the best path the two have, and tells the receiver when everything is there.
+/// one-sided, over the best path the two have, and tells the receiver when everything is there. And the
+/// other way: Peer::read().
 ///
 /// The unit is "the same byte range of many blocks". A receiver *opens an inbox* (a 32-bit tag of its
 /// own choosing space) and hands tag and block ids to the sender out of band; the sender writes with that
@@ -49,6 +50,9 @@ struct AgentConfig {
   uint32_t max_inflight_per_rail = 256;
   uint32_t max_queued_transfers = 65536;
   uint32_t max_metadata_bytes = 1u << 20;
+  /// Pieces of reads (up to 4096 blocks each) that this agent serves for all its peers at once; one peer has at most 16 under
+  /// way. More are refused with resource_exhausted; 0: all are.
+  uint32_t max_served_reads = 1024;
   /// Bound for a transfer that names no deadline.
   int64_t default_timeout_ms = 30'000;
   /// A transfer that is over its deadline (or cancelled) while some of it is under way waits for that to
@@ -122,19 +126,30 @@ struct BlockWrite {
   Deadline deadline = {};
 };
 
-/// One write under way. Cheap to copy; dropping it does not cancel.
+/// The same from a remote pool into a local one.
+struct BlockRead {
+  PoolId local_pool{};
+  PoolId remote_pool{};
+  std::vector<BlockPair> blocks;
+  /// As with a write.
+  uint64_t offset_bytes = 0;
+  uint64_t length_bytes = 0;
+  Deadline deadline = {};
+};
+
+/// One write or read under way. Cheap to copy; dropping it does not cancel.
 class Transfer {
  public:
   Transfer() = default;
   explicit operator bool() const { return impl_ != nullptr; }
 
   bool done() const;
-  /// ok once every byte is delivered to the peer's memory (and found right there, with AgentConfig::integrity); a failure
-  /// names peer, rail, provider, operation.
+  /// ok once every byte is delivered to the peer's memory (and found right there, with AgentConfig::integrity), or, of a
+  /// read, is in local memory; a failure names peer, rail, provider, operation.
   /// Must be done().
   Status status() const;
   /// How many counted messages reach the receiver's inbox for this transfer. Known from the moment
-  /// write() returns.
+  /// write() returns. 0 for a read.
   uint64_t messages() const;
   uint64_t bytes() const;
   /// Blocks until done; for tests, tools and simple programs.
@@ -145,6 +160,8 @@ class Transfer {
   /// True when nothing of this transfer can still reach the peer's memory. Always so after success, and
   /// after a failure unless the path had to be broken off with bytes on the way (kUnavailable or
   /// kDeadlineExceeded): then the owner of that memory must fence() this agent before it reuses the blocks.
+  /// Of a read: true when nothing of it can still reach local memory. False after a failure in which the peer has not said
+  /// that it stopped: then fence() the peer before the local blocks are reused.
   /// Must be done().
   bool settled() const;
 
@@ -167,6 +184,7 @@ struct PathInfo {
 struct PeerStats {
   uint64_t writes = 0, messages = 0, bytes = 0, failures = 0, cancelled = 0;
   double busy_s = 0;  ///< time with at least one transfer under way
+  uint64_t reads = 0, read_bytes = 0;  ///< beside the writes; failures and cancelled count both
 };
 
 /// A connected remote agent. Cheap to copy. Stays valid (and fails every write) after the peer is gone. Pools of GPU and
@@ -189,6 +207,11 @@ class Peer {
   /// Errors: invalid_argument (pool, block or range out of bounds), unavailable (peer is down),
   /// resource_exhausted (queue full).
   Result<Transfer> write(BlockWrite write, std::function<void(const Status&)> on_done = {}) const;
+  /// Fetches blocks from the peer's pool; done() means that every byte is in local memory. The errors of write(), at once or
+  /// as its status. The peer's agent writes the blocks over its own path into this process, for which it connects back the
+  /// first time (so it has to reach this agent's addresses, and counts among inbound_peers); over shm they are copied from
+  /// its memory without it. Nobody keeps the peer from changing the blocks meanwhile: that is to be agreed upon out of band.
+  Result<Transfer> read(BlockRead read, std::function<void(const Status&)> on_done = {}) const;
   /// False after a fatal completion error of one of its paths, or close().
   bool alive() const;
   /// Fails what is queued or in flight and frees the peer's resources, then does Agent::fence() with its
@@ -213,6 +236,8 @@ struct AgentStats {
   uint64_t fences = 0;
   uint64_t checked_blocks = 0;  ///< blocks of this agent that a writer in integrity mode had checked
   uint64_t corrupt_blocks = 0;  ///< those of them that did not hold what was sent
+  uint64_t served_reads = 0;    ///< pieces of reads that this agent has served; what it wrote for them counts as sent
+  uint64_t refused_reads = 0;   ///< those it did not serve: a bound, or a request that was wrong
 };
 
 /// Owns rails, endpoints, completion queues and one progress thread per rail group.
@@ -248,7 +273,8 @@ class Agent {
 
   /// Shuts the agent with that epoch out: whatever it has under way towards this process's memory ends, and
   /// what it tries later with metadata that it has now is refused (metadata() made after this lets it in
-  /// again). ok: nothing from it touches memory any more, its blocks may be reused. unavailable: it may
+  /// again; so does a read() of this agent's own). Its reads of this agent's memory end as well. ok: nothing from it
+  /// touches memory any more, its blocks may be reused. unavailable: it may
   /// still write (it is stopped, or out of reach): keep the blocks in quarantine and call again. An epoch
   /// that was never seen is fenced, too: what is on its way is refused when it arrives.
   /// Blocks for at most a second; not from a callback.

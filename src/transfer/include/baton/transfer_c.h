@@ -48,7 +48,7 @@ typedef struct baton_error {
 typedef struct baton_agent baton_agent;
 typedef struct baton_region baton_region;     /**< a registration of memory */
 typedef struct baton_peer baton_peer;         /**< a connected remote agent */
-typedef struct baton_transfer baton_transfer; /**< one write under way */
+typedef struct baton_transfer baton_transfer; /**< one write or read under way */
 
 typedef enum baton_memory_kind { BATON_MEMORY_HOST = 0, BATON_MEMORY_CUDA = 1 } baton_memory_kind;
 
@@ -88,6 +88,7 @@ typedef struct baton_agent_config {
   int64_t default_timeout_ms;
   int64_t stall_timeout_ms;
   int integrity; /**< 1: every block that is written is checked in the peer's memory; default 0 */
+  uint32_t max_served_reads; /**< pieces of peers' reads that are served at once; 0: none; default 1024 */
 } baton_agent_config;
 
 /** Call as baton_agent_config_init(&config, sizeof config). */
@@ -127,6 +128,7 @@ typedef struct baton_agent_stats {
   uint64_t messages_sent, bytes_sent, messages_received;
   uint64_t stray_messages, retries, failed_transfers, inbound_peers, fences;
   uint64_t checked_blocks, corrupt_blocks; /**< of this agent, by writers in integrity mode */
+  uint64_t served_reads, refused_reads;    /**< pieces of peers' reads */
 } baton_agent_stats;
 baton_code baton_agent_get_stats(const baton_agent* agent, baton_agent_stats* stats, baton_error* error);
 /** The transports that the agent offers, for people. Cut and NUL-terminated as snprintf does it; returns the whole
@@ -171,6 +173,7 @@ typedef struct baton_peer_stats {
   size_t size;
   uint64_t writes, messages, bytes, failures, cancelled;
   double busy_s; /**< time with at least one message under way */
+  uint64_t reads, read_bytes;
 } baton_peer_stats;
 baton_code baton_peer_get_stats(const baton_peer* peer, baton_peer_stats* stats, baton_error* error);
 
@@ -208,15 +211,37 @@ typedef void (*baton_done_function)(void* user, baton_code code, const char* mes
 baton_code baton_peer_write(baton_peer* peer, const baton_write* write, baton_done_function on_done, void* user,
                             baton_transfer** transfer, uint64_t* messages, baton_error* error);
 
+/* ---- reading ---- */
+
+typedef struct baton_read {
+  size_t size;
+  uint32_t local_pool;
+  uint32_t remote_pool;
+  const baton_block_pair* blocks;
+  size_t block_count;
+  uint64_t offset_bytes; /**< the byte range inside each block */
+  uint64_t length_bytes;
+  int64_t timeout_ms; /**< 0: the agent's default_timeout_ms */
+} baton_read;
+/** Call as baton_read_init(&read, sizeof read). */
+void baton_read_init(baton_read* read, size_t size);
+/** Fetches blocks of the peer's pool into the local one, as baton_peer_write() brings them there: done means that they are in
+ * local memory. One that failed and is not settled may still be written into it: baton_agent_fence() the peer first. */
+baton_code baton_peer_read(baton_peer* peer, const baton_read* read, baton_done_function on_done, void* user,
+                           baton_transfer** transfer, baton_error* error);
+
+/* ---- both ---- */
+
 int baton_transfer_done(const baton_transfer* transfer);
 /** Its outcome; BATON_FAILED_PRECONDITION while it is not done. */
 baton_code baton_transfer_status(const baton_transfer* transfer, baton_error* error);
 /** Blocks until done (its deadline bounds that), then as baton_transfer_status(). Not from a callback. */
 baton_code baton_transfer_wait(const baton_transfer* transfer, baton_error* error);
+/** 0 for a read. */
 uint64_t baton_transfer_messages(const baton_transfer* transfer);
 uint64_t baton_transfer_bytes(const baton_transfer* transfer);
 void baton_transfer_cancel(const baton_transfer* transfer);
-/** 1 when it is done and nothing of it can reach the peer's memory any more. */
+/** 1 when it is done and nothing of it can reach the memory that it writes (the peer's; of a read, the local one) any more. */
 int baton_transfer_settled(const baton_transfer* transfer);
 /** Lets go of the handle; does not cancel. */
 void baton_transfer_release(baton_transfer* transfer);
