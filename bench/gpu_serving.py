@@ -38,6 +38,16 @@ def mean_ms(cluster, what):
     return cluster.metric(f"{name}_sum") / max(cluster.metric(f"{name}_count"), 1) * 1e3
 
 
+def prefill_ms(cluster, name, before):
+    """What a prefill took, by the worker's own clock, of the handoffs since `before`."""
+    total, count = total_ms(cluster, name)
+    return (total - before[0]) / max(count - before[1], 1)
+
+
+def total_ms(cluster, name):
+    return cluster.metric(f"{name}_sum") * 1e3, cluster.metric(f"{name}_count")
+
+
 def idle(arguments, common, devices):
     rng = random.Random(1)
     half = [*common, "--gpu-memory-utilization", 0.4]
@@ -45,17 +55,20 @@ def idle(arguments, common, devices):
             Cluster("--local-prefill-tokens", 0, "--device", f"{devices[0]},{devices[1]}", *half, model=arguments.model) as pair:
         print(f"ready: aggregated after {alone.ready_s:.1f} s, pair after {pair.ready_s:.1f} s")
         print(f"{'ISL':>6} {'aggregated ms':>14} {'disaggregated ms':>17} {'added ms':>9} {'least .. most':>16}"
-              f"{'prefill ms':>12}{'exposed':>9}")
+              f"{'prefill ms, no sending / sending':>34}{'exposed':>9}")
         for isl in arguments.isl:
             def prompt():
                 return [rng.randrange(3, 1000) for _ in range(isl)]
             for _ in range(2):
                 ttft_ms(alone, prompt()), ttft_ms(pair, prompt())
+            time.sleep(2.2)
+            before = total_ms(alone, "baton_worker_ttft_seconds"), total_ms(pair, "baton_worker_handoff_compute_seconds")
             times = [(ttft_ms(alone, prompt()), ttft_ms(pair, prompt())) for _ in range(arguments.runs)]
             added = [b - a for a, b in times]
             time.sleep(2.2)  # metrics come once a second
             print(f"{isl:>6} {statistics.median(a for a, _ in times):>14.1f} {statistics.median(b for _, b in times):>17.1f} "
-                  f"{statistics.median(added):>9.1f} {min(added):>7.1f} ..{max(added):>6.1f}{mean_ms(pair, 'compute'):>12.1f}{mean_ms(pair, 'exposed'):>9.2f}", flush=True)
+                  f"{statistics.median(added):>9.1f} {min(added):>7.1f} ..{max(added):>6.1f}{prefill_ms(alone, 'baton_worker_ttft_seconds', before[0]):>23.1f} /"
+                  f"{prefill_ms(pair, 'baton_worker_handoff_compute_seconds', before[1]):>8.1f}{mean_ms(pair, 'exposed'):>9.2f}", flush=True)
 
 
 def load(cluster, arguments, isl):
@@ -75,11 +88,14 @@ def main():
     parser.add_argument("--concurrency", type=int, default=10)
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--runs", type=int, default=11, help="pairs of the idle comparison")
+    parser.add_argument("--idle-only", action="store_true")
     parser.add_argument("--devices", default="cuda:0,cuda:1")
     arguments = parser.parse_args()
     devices = arguments.devices.split(",")
     common = ["--load-format", arguments.load_format, "--no-prefix-cache", "--max-model-len", max(arguments.isl) + arguments.osl + 16]
     idle(arguments, common, devices)
+    if arguments.idle_only:
+        return
     print(f"\nOSL {arguments.osl}, concurrency {arguments.concurrency}, {arguments.requests} requests each; ms")
     print(f"{'':<26}{'ISL':>6}{'TTFT p50':>10}{'p95':>9}{'ITL mean':>10}{'p99':>8}{'E2E p50':>9}{'out tok/s':>11}{'tok/s/GPU':>11}")
     setups = [("1 aggregated", 1, ["--aggregated", "--device", devices[0]]),
