@@ -318,7 +318,9 @@ TEST_P(TransferProcess, AStoppedReceiverHangsNobody) {
     EXPECT_TRUE(all_settled);
     receiver.resume();
     // It may still be reading what it was asked to check.
-    if (integrity()) ASSERT_EQ(receiver.ask(fmt::format("fence {}", static_cast<uint64_t>(sender.agent->epoch()))), "ok");
+    if (integrity()) {
+      ASSERT_EQ(receiver.ask(fmt::format("fence {}", static_cast<uint64_t>(sender.agent->epoch()))), "ok");
+    }
   }
   receiver.ask("fill 9");
   Peer again = *sender.agent->connect(from_hex(receiver.ask("metadata")));
