@@ -101,22 +101,34 @@ Status CudaTransformer::prepare(const BatchLimits& limits) {
                                  .logit_rows = sequences,
                                  .table_entries = sequences * blocks,
                                  .tiles = limits.rows / tile + sequences}));
-  return tune_largest_step();
+  return tune_large_steps();
 }
 
-/// The step that every long prompt is cut into: its products are worth half a second of the start.
-Status CudaTransformer::tune_largest_step() {
-  constexpr int64_t kLeastRows = 512;
-  if (capacity_.rows < kLeastRows) return {};
+/// What prompts are cut into: their products are worth half a second of the start.
+Status CudaTransformer::tune_large_steps() {
+  constexpr int64_t kLeastRows = 1024;
   CurrentDevice current(*parts_.gpu);
   const CudaLayer& layer = parts_.weights.layers.front();
-  const auto tune = [&](const CudaMatrix& weight, LinearOutput output, const bf16* x, void* y) {
-    return parts_.linear->tune(stream_, {capacity_.rows, weight.out_features, weight.in_features, output}, x, weight.data, y);
+  // On zeros products run faster than they will, and not in the same order.
+  const CudaMatrix& values = parts_.weights.lm_head;
+  const auto fill = [&](bf16* to, int64_t width) {
+    const int64_t count = std::min(capacity_.rows * width, values.out_features * values.in_features);
+    return check(parts_.gpu->driver().copy_async(address_of(to), address_of(values.data), static_cast<size_t>(count) * sizeof(bf16), stream_),
+                 "cuMemcpy");
   };
-  BATON_RETURN_IF_ERROR(tune(layer.qkv.weight, LinearOutput::kBf16, work_.normed, work_.qkv));
-  BATON_RETURN_IF_ERROR(tune(layer.o.weight, LinearOutput::kAddFloat, work_.attended, work_.x));
-  BATON_RETURN_IF_ERROR(tune(layer.gate_up.weight, LinearOutput::kBf16, work_.normed, work_.gate_up));
-  return tune(layer.down.weight, LinearOutput::kAddFloat, work_.act, work_.x);
+  const auto tune = [&](int64_t rows, const CudaMatrix& weight, LinearOutput output, const bf16* x, void* y) {
+    return parts_.linear->tune(stream_, {rows, weight.out_features, weight.in_features, output}, x, weight.data, y);
+  };
+  for (int64_t rows = capacity_.rows; rows >= kLeastRows; rows /= 2) {
+    BATON_RETURN_IF_ERROR(fill(work_.normed, layer.qkv.weight.in_features));
+    BATON_RETURN_IF_ERROR(fill(work_.attended, layer.o.weight.in_features));
+    BATON_RETURN_IF_ERROR(fill(work_.act, layer.down.weight.in_features));
+    BATON_RETURN_IF_ERROR(tune(rows, layer.qkv.weight, LinearOutput::kBf16, work_.normed, work_.qkv));
+    BATON_RETURN_IF_ERROR(tune(rows, layer.o.weight, LinearOutput::kAddFloat, work_.attended, work_.x));
+    BATON_RETURN_IF_ERROR(tune(rows, layer.gate_up.weight, LinearOutput::kBf16, work_.normed, work_.gate_up));
+    BATON_RETURN_IF_ERROR(tune(rows, layer.down.weight, LinearOutput::kAddFloat, work_.act, work_.x));
+  }
+  return {};
 }
 
 Status CudaTransformer::reserve(const StepCapacity& needed) {
@@ -185,6 +197,7 @@ Status CudaTransformer::reserve(const StepCapacity& needed) {
                                                                        .table_entries = now.table_entries,
                                                                        .tiles = 1,
                                                                        .edits = kMaxEdits}));
+  BATON_RETURN_IF_ERROR(parts_.linear->reserve(stream_));
   capacity_ = now;
   return {};
 }

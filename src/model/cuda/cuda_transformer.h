@@ -79,7 +79,7 @@ class CudaTransformer final : public Model {
   Status check(cuda::CUresult result, std::string_view call) const { return parts_.gpu->driver().check(result, call); }
 
   Status reserve(const StepCapacity& needed);
-  Status tune_largest_step();
+  Status tune_large_steps();
   bool is_decode(const ForwardBatch& batch) const;
   Status decode_step(const ForwardBatch& batch);
   Result<cuda::CUgraphExec> decode_graph(const StepPlan& plan, const ForwardBatch& batch);
