@@ -70,7 +70,9 @@ class CudaKernels {
 
   /// Attention of one query row for each of the sequences [first, first + count) of the step; those with other than one row
   /// are left alone. The grid depends on `count` and the constants only; how far each context is cut over thread blocks is
-  /// decided on the GPU. `workspace`: decode_workspace_bytes(count, heads, head_dim).
+  /// decided on the GPU. `workspace`: decode_workspace_bytes(count, heads, head_dim). The bits of a row depend on its query and
+  /// its context alone. Calls of one CudaKernels must not run at the same time. Sequences and block tables are read before what was
+  /// launched before has ended: a copy may write them, a kernel may not.
   virtual Status attention_decode(CUstream stream, const StepView& step, int32_t first, int32_t count,
                                   const Attention& args, const DeviceKv& kv, CUdeviceptr workspace) = 0;
   virtual size_t decode_workspace_bytes(int32_t count, int32_t heads, int32_t head_dim) const = 0;

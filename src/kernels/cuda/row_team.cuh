@@ -46,6 +46,18 @@ __device__ __forceinline__ uint64_t team_load(const uint64_t* mine, uint32_t ran
 #endif
 }
 
+/// The sum over all blocks of the team: the loads are all on their way at once.
+__device__ __forceinline__ uint64_t team_sum(const uint64_t* mine) {
+  constexpr uint32_t kLargest = 8;
+  const uint32_t size = team_size();
+  uint64_t values[kLargest], sum = 0;
+#pragma unroll
+  for (uint32_t rank = 0; rank < kLargest; ++rank) values[rank] = team_load(mine, rank < size ? rank : 0);
+#pragma unroll
+  for (uint32_t rank = 0; rank < kLargest; ++rank) sum += rank < size ? values[rank] : 0;
+  return sum;
+}
+
 /// Floats as unsigned numbers of the same order.
 __device__ __forceinline__ uint32_t order_of(float value) {
   const uint32_t bits = __float_as_uint(value);

@@ -70,25 +70,30 @@ struct Team {
   }
 
   /// The largest key whose elements together with those of all larger keys come to `target`, which is positive and no more than the
-  /// sum over all. visit(take) calls take(key, amount) for each element of this thread; amounts of 0 are none.
+  /// sum over all. visit(take) calls take(key, amount) for each element of this thread; amounts of 0 are none. `few`: they seldom are
+  /// any, so that the lanes can share one histogram.
   template <typename Visit>
-  __device__ Selection select(uint64_t target, Visit visit) {
+  __device__ Selection select(uint64_t target, bool few, Visit visit) {
     Selection selection = {0, 0, 0};
     const int lane = threadIdx.x % 32;
     for (int shift = 24; shift >= 0; shift -= 8) {
-      for (int i = threadIdx.x / 32; i < kSampleBins; i += kWarps) low[i][lane] = high[i][lane] = 0;
+      for (int i = threadIdx.x / 32; i < (few ? kSampleBins / 32 : kSampleBins); i += kWarps) low[i][lane] = high[i][lane] = 0;
       __syncthreads();
       visit([&](uint32_t key, uint64_t amount) {
         const bool inside = shift == 24 || (key ^ selection.key) >> (shift + 8) == 0;
         if (amount == 0 || !inside) return;
         const uint32_t bin = key >> shift & 255, add = static_cast<uint32_t>(amount);
-        const uint32_t before = atomicAdd(&low[bin][lane], add);
+        const uint32_t row = few ? bin / 32 : bin, column = few ? bin % 32 : lane;
+        const uint32_t before = atomicAdd(&low[row][column], add);
         const uint32_t carried = static_cast<uint32_t>(amount >> 32) + (before + add < before ? 1 : 0);
-        if (carried != 0) atomicAdd(&high[bin][lane], carried);
+        if (carried != 0) atomicAdd(&high[row][column], carried);
       });
       __syncthreads();
       uint64_t(&bins)[kSampleBins] = shared->bins[turn % 2];
-      for (int i = threadIdx.x / 32; i < kSampleBins; i += kWarps) {
+      if (few && threadIdx.x < kSampleBins) {
+        bins[threadIdx.x] = static_cast<uint64_t>(high[threadIdx.x / 32][lane]) << 32 | low[threadIdx.x / 32][lane];
+      }
+      for (int i = threadIdx.x / 32; i < kSampleBins && !few; i += kWarps) {
         uint64_t sum = static_cast<uint64_t>(high[i][lane]) << 32 | low[i][lane];
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
@@ -96,11 +101,7 @@ struct Team {
       }
       ++turn;
       team_sync();
-      if (threadIdx.x < kSampleBins) {
-        uint64_t sum = 0;
-        for (uint32_t rank = 0; rank < team_size(); ++rank) sum += team_load(&bins[threadIdx.x], rank);
-        shared->totals[threadIdx.x] = sum;
-      }
+      if (threadIdx.x < kSampleBins) shared->totals[threadIdx.x] = team_sum(&bins[threadIdx.x]);
       __syncthreads();
       if (threadIdx.x < 32) {  // lane 0 has the largest eight bins
         const int first = kSampleBins - 1 - static_cast<int>(threadIdx.x) * 8;
@@ -146,9 +147,7 @@ struct Team {
     }
     ++turn;
     team_sync();
-    uint64_t total = 0;
-    for (uint32_t rank = 0; rank < team_size(); ++rank) total += team_load(&published, rank);
-    return total;
+    return team_sum(&published);
   }
 
   /// After sum(amount): the first element with which the running sum exceeds `target`, which is below the sum over all. In all
@@ -202,9 +201,9 @@ __device__ int32_t sample_row(Team& team, const SampleRow& how, float unit, int6
     if (count <= team_size() * kSampleThreads && team_size() * kSampleThreads <= vocab) {
       uint32_t mine = 0;
       team.for_each([&](float value, uint32_t) { mine = max(mine, order_of(value)); });
-      least = team.select(count, [&](auto take) { take(mine, 1); }).key;
+      least = team.select(count, true, [&](auto take) { take(mine, 1); }).key;
     }
-    const Selection kth = team.select(count, [&](auto take) {
+    const Selection kth = team.select(count, least > 0, [&](auto take) {
       team.for_each([&](float value, uint32_t) { take(order_of(value), order_of(value) >= least ? 1 : 0); });
     });
     threshold = value_of_order(kth.key);
@@ -221,7 +220,7 @@ __device__ int32_t sample_row(Team& team, const SampleRow& how, float unit, int6
   if (how.top_p < 1.0f) {
     const double wanted = ceil(static_cast<double>(how.top_p) * static_cast<double>(total));
     const uint64_t target = min(max(static_cast<uint64_t>(wanted), uint64_t{1}), total);
-    const Selection cut = team.select(target, [&](auto take) {
+    const Selection cut = team.select(target, threshold > -__int_as_float(0x7f800000), [&](auto take) {
       team.for_each([&](float value, uint32_t) {
         const float w = weight(value);
         take(__float_as_uint(w), mass(w));

@@ -36,7 +36,7 @@ struct DeviceKv {
   int64_t v_offset_bytes;
   int32_t block_tokens;  // a multiple of 8
   int32_t kv_heads;
-  int32_t head_dim;      // 64, 96 or 128
+  int32_t head_dim;      // a multiple of 8 up to 256
 };
 
 }  // namespace baton::cuda
