@@ -1,10 +1,9 @@
 #include "model/cuda/step_buffer.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "base/check.h"
+#include "model/cuda/sample_rows.h"
 
 namespace baton {
 namespace {
@@ -130,26 +129,10 @@ StepPlan StepBuffer::build(const ForwardBatch& batch, int32_t padded_rows, int32
 
 /// A row that nobody chooses for is a greedy one: it changes no logit.
 void StepBuffer::build_choices(const ForwardBatch& batch, int32_t padded_rows) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   for (size_t i = 0; i < static_cast<size_t>(padded_rows); ++i) {
-    cuda::SampleRow& row = choices_.host[i];
-    row = {.uniform = 0, .scale = 1, .top_p = 1, .min_p_offset = -kInfinity, .top_k = 0, .greedy = 1, .edit_begin = 0, .edit_count = 0};
-    if (i >= batch.choices.size()) continue;
-    const TokenChoice& choice = batch.choices[i];
-    row.greedy = choice.greedy ? 1 : 0;
-    row.edit_begin = choice.edit_begin;
-    row.edit_count = choice.edit_count;
-    if (choice.greedy) continue;
-    row.uniform = choice.uniform;
-    row.scale = 1.0f / choice.temperature;
-    row.top_p = choice.top_p;
-    row.top_k = choice.top_k;
-    if (choice.min_p > 0) row.min_p_offset = choice.temperature * std::log(choice.min_p);
+    choices_.host[i] = sample_row(i < batch.choices.size() ? batch.choices[i] : TokenChoice());
   }
-  for (size_t i = 0; i < batch.edits.size(); ++i) {
-    const LogitEdit& edit = batch.edits[i];
-    edits_.host[i] = {edit.token, edit.bias, edit.repetition, edit.frequency, edit.presence};
-  }
+  for (size_t i = 0; i < batch.edits.size(); ++i) edits_.host[i] = sample_edit(batch.edits[i]);
   edit_bytes_ = batch.edits.size() * sizeof(cuda::SampleEdit);
 }
 

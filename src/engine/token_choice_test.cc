@@ -1,6 +1,4 @@
-// What a GPU's sampler is told, and (where there is a GPU) that it chooses the same tokens as the CPU's.
-
-#include "engine/sample_batch.h"
+// What a device's sampler is told, and (where there is a GPU) that it chooses the same tokens as the CPU's.
 
 #include <gtest/gtest.h>
 
@@ -10,15 +8,17 @@
 
 #include "base/cuda/gpu.h"
 #include "base/random.h"
+#include "engine/sampler.h"
 #include "kernels/cuda/cuda_sampler.h"
+#include "model/cuda/sample_rows.h"
 
 namespace baton {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-TEST(SampleBatch, MergesWhatConcernsOneToken) {
-  SampleBatch batch(100, {2, 900});
+TEST(TokenChoice, MergesWhatConcernsOneToken) {
+  Sampler sampler(100, {2, 900});
   SamplingParams params;
   params.min_tokens = 3;
   params.stop_token_ids = {7};
@@ -29,18 +29,17 @@ TEST(SampleBatch, MergesWhatConcernsOneToken) {
   const std::vector<TokenId> tokens = {5, 6, 5, 5};  // the last two are output
   TokenCounts counts;
   const SampleContext context = {.params = &params, .tokens = tokens, .prompt_tokens = 2, .output_index = 2, .counts = &counts};
-  batch.add(context);
-  batch.add(context);
-  ASSERT_EQ(batch.rows().size(), 2u);
-  EXPECT_EQ(batch.rows()[0].edit_begin, 0);
-  EXPECT_EQ(batch.rows()[0].edit_count, 4);
-  EXPECT_EQ(batch.rows()[1].edit_begin, 4);
-  EXPECT_EQ(batch.rows()[1].edit_count, 4);
+  std::vector<LogitEdit> edits;
+  const TokenChoice first = sampler.choice(context, &edits), second = sampler.choice(context, &edits);
+  EXPECT_EQ(first.edit_begin, 0);
+  EXPECT_EQ(first.edit_count, 4);
+  EXPECT_EQ(second.edit_begin, 4);
+  EXPECT_EQ(second.edit_count, 4);
   const auto edit = [&](TokenId token) {
-    for (const cuda::SampleEdit& e : batch.edits()) {
+    for (const LogitEdit& e : edits) {
       if (e.token == token) return e;
     }
-    return cuda::SampleEdit{};
+    return LogitEdit{};
   };
   EXPECT_EQ(edit(2).bias, -kInfinity);
   EXPECT_EQ(edit(7).bias, -kInfinity);
@@ -50,18 +49,38 @@ TEST(SampleBatch, MergesWhatConcernsOneToken) {
   EXPECT_EQ(edit(5).presence, 0.5f);
   EXPECT_EQ(edit(6).frequency, 0.0f);
   EXPECT_EQ(edit(6).presence, 0.0f);
-  batch.clear();
-  EXPECT_TRUE(batch.rows().empty() && batch.edits().empty());
 }
 
-TEST(SampleBatch, GreedyNeedsNothingElse) {
-  SampleBatch batch(100, {});
+TEST(TokenChoice, GreedyNeedsNothingElse) {
+  Sampler sampler(100, {});
   SamplingParams params;
   params.temperature = 0;
-  batch.add({.params = &params, .tokens = {}, .prompt_tokens = 0, .output_index = 0, .counts = nullptr});
-  EXPECT_EQ(batch.rows()[0].greedy, 1);
-  EXPECT_EQ(batch.rows()[0].edit_count, 0);
+  std::vector<LogitEdit> edits;
+  const TokenChoice choice =
+      sampler.choice({.params = &params, .tokens = {}, .prompt_tokens = 0, .output_index = 0, .counts = nullptr}, &edits);
+  EXPECT_TRUE(choice.greedy);
+  EXPECT_EQ(choice.edit_count, 0);
 }
+
+/// Rows for the GPU's sampler.
+class Rows {
+ public:
+  Rows(int32_t vocab_size, std::vector<TokenId> eos_token_ids) : sampler_(vocab_size, std::move(eos_token_ids)) {}
+
+  void add(const SampleContext& context) {
+    const size_t before = edits_.size();
+    rows_.push_back(sample_row(sampler_.choice(context, &edits_)));
+    for (size_t i = before; i < edits_.size(); ++i) device_edits_.push_back(sample_edit(edits_[i]));
+  }
+  std::span<const cuda::SampleRow> rows() const { return rows_; }
+  std::span<const cuda::SampleEdit> edits() const { return device_edits_; }
+
+ private:
+  Sampler sampler_;
+  std::vector<LogitEdit> edits_;
+  std::vector<cuda::SampleRow> rows_;
+  std::vector<cuda::SampleEdit> device_edits_;
+};
 
 class CudaSamplerTest : public testing::Test {
  protected:
@@ -86,7 +105,7 @@ class CudaSamplerTest : public testing::Test {
   }
 
   /// `batch`'s choices for rows of logits, one behind the other.
-  std::vector<int32_t> choose(const SampleBatch& batch, std::span<const float> logits) {
+  std::vector<int32_t> choose(const Rows& batch, std::span<const float> logits) {
     const size_t rows = batch.rows().size();
     const auto device_logits = upload(logits);
     const auto how = upload(batch.rows());
@@ -121,7 +140,7 @@ TEST_F(CudaSamplerTest, ChoosesWhatTheCpuChooses) {
     Random random(static_cast<uint64_t>(vocab));
     const std::vector<TokenId> eos = {vocab / 2};
     Sampler cpu(vocab, eos);
-    SampleBatch batch(vocab, eos);
+    Rows batch(vocab, eos);
     std::vector<float> logits(kRows * static_cast<size_t>(vocab));
     std::vector<SamplingParams> params(kRows);
     std::vector<std::vector<TokenId>> histories(kRows);
@@ -167,7 +186,7 @@ TEST_F(CudaSamplerTest, ChoosesWhatTheCpuChooses) {
 TEST_F(CudaSamplerTest, DrawsByTheDistribution) {
   constexpr size_t kRows = 4096, kVocab = 5;
   std::vector<float> logits;
-  SampleBatch batch(kVocab, {});
+  Rows batch(kVocab, {});
   SamplingParams params;
   params.seed = 99;
   for (size_t row = 0; row < kRows; ++row) {
@@ -181,7 +200,7 @@ TEST_F(CudaSamplerTest, DrawsByTheDistribution) {
 
 TEST_F(CudaSamplerTest, SaysWhenThereIsNothingToChoose) {
   constexpr size_t kVocab = 1003;
-  SampleBatch batch(kVocab, {});
+  Rows batch(kVocab, {});
   SamplingParams params, none;
   for (TokenId token = 0; token < static_cast<TokenId>(kVocab); ++token) none.logit_bias.emplace_back(token, 0.0f);
   for (auto& [token, bias] : none.logit_bias) none.stop_token_ids.push_back(token);
