@@ -22,16 +22,6 @@ sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 from cluster import BATON, Cluster  # noqa: E402
 
 
-def ttft_ms(cluster, prompt):
-    started = time.perf_counter()
-    first = None
-    for event in cluster.stream("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True,
-                                                     "return_token_ids": True}):
-        if first is None and event["choices"]:
-            first = time.perf_counter()
-    return (first - started) * 1e3
-
-
 def mean_ms(cluster, what):
     """Of all handoffs so far: the prefill worker's computing, and how long after it the last write was done."""
     name = f"baton_worker_handoff_{what}_seconds"
@@ -60,10 +50,10 @@ def idle(arguments, common, devices):
             def prompt():
                 return [rng.randrange(3, 1000) for _ in range(isl)]
             for _ in range(2):
-                ttft_ms(alone, prompt()), ttft_ms(pair, prompt())
+                alone.ttft_ms(prompt()), pair.ttft_ms(prompt())
             time.sleep(2.2)
             before = total_ms(alone, "baton_worker_ttft_seconds"), total_ms(pair, "baton_worker_handoff_compute_seconds")
-            times = [(ttft_ms(alone, prompt()), ttft_ms(pair, prompt())) for _ in range(arguments.runs)]
+            times = [(alone.ttft_ms(prompt()), pair.ttft_ms(prompt())) for _ in range(arguments.runs)]
             added = [b - a for a, b in times]
             time.sleep(2.2)  # metrics come once a second
             print(f"{isl:>6} {statistics.median(a for a, _ in times):>14.1f} {statistics.median(b for _, b in times):>17.1f} "

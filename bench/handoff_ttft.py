@@ -20,16 +20,6 @@ sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 from cluster import Cluster  # noqa: E402
 
 
-def ttft_ms(cluster, prompt):
-    started = time.perf_counter()
-    first = None
-    for event in cluster.stream("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True,
-                                                     "return_token_ids": True}):
-        if first is None and event["choices"]:
-            first = time.perf_counter()
-    return (first - started) * 1e3
-
-
 def kv_bytes_per_token(model):
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
     heads = config.get("num_key_value_heads", config["num_attention_heads"])
@@ -59,12 +49,12 @@ def main():
         for isl in lengths:
             def prompt():
                 return [rng.randrange(3, 1000) for _ in range(isl)]
-            ttft_ms(aggregated, prompt()), ttft_ms(pair, prompt())
+            aggregated.ttft_ms(prompt()), pair.ttft_ms(prompt())
             before = (pair.metric("baton_worker_transfer_bytes_total"), pair.metric("baton_worker_transfer_seconds_total"))
             alone, apart = [], []
             for _ in range(arguments.runs):
-                alone.append(ttft_ms(aggregated, prompt()))
-                apart.append(ttft_ms(pair, prompt()))
+                alone.append(aggregated.ttft_ms(prompt()))
+                apart.append(pair.ttft_ms(prompt()))
             time.sleep(2.2)  # metrics come once a second
             moved = pair.metric("baton_worker_transfer_bytes_total") - before[0]
             seconds = pair.metric("baton_worker_transfer_seconds_total") - before[1]

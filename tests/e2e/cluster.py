@@ -158,6 +158,16 @@ class Cluster:
         finally:
             connection.close()
 
+    def ttft_ms(self, prompt):
+        """How long a client waits for the first token of `prompt` (token ids)."""
+        started = time.perf_counter()
+        first = None
+        for event in self.stream("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True,
+                                                      "return_token_ids": True}):
+            if first is None and event["choices"]:
+                first = time.perf_counter()
+        return (first - started) * 1e3
+
     def metrics(self):
         """(name, labels as a sorted tuple) → value."""
         result = {}
