@@ -91,6 +91,7 @@ size_t AgentCore::turn() {
     take_incoming();
     for (const TransferPointer& transfer : cancels) cancel_now(transfer, now_ns);
     for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns) + send_checks(*busy_[i]) + send_reads(*busy_[i]);
+    take_read_answers();
     for (const auto& backend : backends_) count += backend->progress(*this);
     count += take_check_results() + serve_checks() + progress_reads();
     for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);

@@ -333,6 +333,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   void let_go_of_read(OpenReads::iterator it);
   void on_read_answer(Backend& backend, const ReadChannel::Answer& answer);
   void close_reads(PeerCore& peer);
+  void take_read_answers();
   size_t progress_reads();
   void accept_read(Backend& backend, ReadChannel::Received received);
   void introduce(Backend& backend, ReadChannel::Received& received);
@@ -382,6 +383,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
     ReadChannel::Connection connection;
     ReadAnswer answer;
   };
+  std::vector<std::pair<Backend*, ReadChannel::Answer>> read_answers_;  // of this turn
   std::deque<UnsentAnswer> unsent_read_answers_;
   std::vector<std::shared_ptr<PeerCore>> unused_paths_;  // that a reader had; closed between other things
   uint64_t open_served_reads_ = 0, served_reads_ = 0, refused_reads_ = 0;

@@ -221,23 +221,30 @@ void AgentCore::close_reads(PeerCore& peer) {
   peer.open_reads = 0;
 }
 
-size_t AgentCore::progress_reads() {
-  size_t count = 0;
+/// Before the turn asks what has arrived: so all that came before an answer has been counted when the answer is handled.
+void AgentCore::take_read_answers() {
   std::vector<ReadChannel::Answer> answers;
+  for (const auto& backend : backends_) {
+    backend->reads().take_read_answers(answers);
+    for (ReadChannel::Answer& answer : answers) read_answers_.emplace_back(backend.get(), std::move(answer));
+    answers.clear();
+  }
+}
+
+size_t AgentCore::progress_reads() {
+  size_t count = read_answers_.size();
+  for (const auto& [backend, answer] : std::exchange(read_answers_, {})) on_read_answer(*backend, answer);
   std::vector<ReadChannel::Received> requests;
   std::vector<ReadChannel::Connection> gone;
   for (const auto& backend : backends_) {
     ReadChannel& channel = backend->reads();
-    channel.take_read_answers(answers);
     channel.take_read_requests(requests);
     channel.take_gone_readers(gone);
-    for (const ReadChannel::Answer& answer : answers) on_read_answer(*backend, answer);
     for (ReadChannel::Received& request : requests) accept_read(*backend, std::move(request));
     for (ReadChannel::Connection connection : gone) {
       if (auto it = readers_.find({backend.get(), connection}); it != readers_.end()) forget_reader(it);
     }
-    count += answers.size() + requests.size() + gone.size();
-    answers.clear();
+    count += requests.size() + gone.size();
     requests.clear();
     gone.clear();
   }
