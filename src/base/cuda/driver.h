@@ -113,8 +113,6 @@ inline constexpr int kCaptureModeThreadLocal = 1, kCaptureModeRelaxed = 2;
 // What computing needs besides; transfers work without.
 #define BATON_CUDA_COMPUTE_FUNCTIONS(X)                                                                           \
   X(memory_info, cuMemGetInfo_v2, (size_t * free_bytes, size_t* total_bytes))                                     \
-  X(memory_set_async, cuMemsetD8Async, (CUdeviceptr memory, unsigned char value, size_t bytes, CUstream stream))  \
-  X(stream_wait_event, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags))                       \
   X(event_synchronize, cuEventSynchronize, (CUevent event))                                                       \
   X(event_elapsed_ms, cuEventElapsedTime, (float* ms, CUevent from, CUevent to))                                  \
   X(function_set_attribute, cuFuncSetAttribute, (CUfunction function, int attribute, int value))                  \

@@ -42,7 +42,12 @@ Result<std::shared_ptr<const CublasLt>> CublasLt::load(const std::string& path) 
 Status CublasLt::check(CublasStatus status, std::string_view call) const {
   if (status == 0) return Status();
   const char* name = status_name(status);
-  return unavailable("{}: {}", call, name != nullptr ? name : fmt::format("cuBLAS status {}", status));
+  const std::string message = fmt::format("{}: {}", call, name != nullptr ? name : fmt::format("cuBLAS status {}", status));
+  // Unavailable means that the GPU is lost; these do not.
+  constexpr CublasStatus kAllocFailed = 3, kInvalidValue = 7, kNotSupported = 15;
+  if (status == kAllocFailed) return resource_exhausted("{}", message);
+  if (status == kInvalidValue || status == kNotSupported) return unimplemented("{}", message);
+  return unavailable("{}", message);
 }
 
 }  // namespace baton::cuda

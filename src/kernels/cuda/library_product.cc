@@ -109,7 +109,7 @@ Result<std::vector<CublasLtHeuristic>> LibraryProduct::candidates(const LinearSh
   BATON_RETURN_IF_ERROR(asked.with_context(text(shape)));
   found.resize(static_cast<size_t>(count));
   std::erase_if(found, [](const CublasLtHeuristic& candidate) { return candidate.state != 0; });
-  if (found.empty()) return unavailable("cuBLASLt has no algorithm for a {}", text(shape));
+  if (found.empty()) return unimplemented("cuBLASLt has no algorithm for a {}", text(shape));
   return found;
 }
 

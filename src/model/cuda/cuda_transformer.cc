@@ -261,14 +261,18 @@ Status CudaTransformer::forward(const ForwardBatch& batch, float* logits) {
   CurrentDevice current(*parts_.gpu);
   const int32_t tile = parts_.kernels->prefill_tile_tokens(config_.heads, config_.kv_heads, config_.head_dim);
   BATON_RETURN_IF_ERROR(reserve(StepBuffer::measure(batch, tile)));
-  if (is_decode(batch)) {
-    BATON_RETURN_IF_ERROR(decode_step(batch));
-  } else {
-    const StepPlan plan = mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile, parts_.batch_invariant);
-    BATON_RETURN_IF_ERROR(mixed_step_.send(stream_));
-    BATON_RETURN_IF_ERROR(launch(plan, batch));
-  }
-  return fetch(batch, logits);
+  Status done = is_decode(batch) ? decode_step(batch) : mixed_step(batch, tile);
+  if (done.ok()) done = fetch(batch, logits);
+  // What was launched before the failure may still write into blocks that the caller takes back now.
+  if (!done.ok()) (void)parts_.gpu->driver().stream_synchronize(stream_);
+  return done;
+}
+
+Status CudaTransformer::mixed_step(const ForwardBatch& batch, int32_t tile_tokens) {
+  const StepPlan plan =
+      mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile_tokens, parts_.batch_invariant);
+  BATON_RETURN_IF_ERROR(mixed_step_.send(stream_));
+  return launch(plan, batch);
 }
 
 bool CudaTransformer::is_decode(const ForwardBatch& batch) const {
@@ -289,8 +293,8 @@ Status CudaTransformer::decode_step(const ForwardBatch& batch) {
 }
 
 Result<cuda::CUgraphExec> CudaTransformer::decode_graph(const StepPlan& plan, const ForwardBatch& batch) {
-  Graph& graph = graphs_[plan.step.rows];
-  if (graph.exec != nullptr) return graph.exec;
+  cuda::CUgraphExec& graph = graphs_[plan.step.rows];
+  if (graph != nullptr) return graph;
   const cuda::Driver& cu = parts_.gpu->driver();
   // Everything once outside of the capture: what is chosen and loaded at first use.
   BATON_RETURN_IF_ERROR(launch(plan, batch));
@@ -299,18 +303,17 @@ Result<cuda::CUgraphExec> CudaTransformer::decode_graph(const StepPlan& plan, co
   const Status launched = launch(plan, batch);
   cuda::CUgraph captured = nullptr;
   const Status ended = check(cu.capture_end(stream_, &captured), "cuStreamEndCapture");
-  BATON_RETURN_IF_ERROR(launched);
-  BATON_RETURN_IF_ERROR(ended);
-  const Status made = check(cu.graph_instantiate(&graph.exec, captured, 0), "cuGraphInstantiate");
-  (void)cu.graph_destroy(captured);
-  if (!made.ok()) graph.exec = nullptr;
+  Status made = !launched.ok() ? launched : ended;
+  if (made.ok()) made = check(cu.graph_instantiate(&graph, captured, 0), "cuGraphInstantiate");
+  if (captured != nullptr) (void)cu.graph_destroy(captured);
+  if (!made.ok()) graph = nullptr;
   BATON_RETURN_IF_ERROR(made);
-  return graph.exec;
+  return graph;
 }
 
 void CudaTransformer::drop_graphs() {
   for (auto& [rows, graph] : graphs_) {
-    if (graph.exec != nullptr) (void)parts_.gpu->driver().graph_exec_destroy(graph.exec);
+    if (graph != nullptr) (void)parts_.gpu->driver().graph_exec_destroy(graph);
   }
   graphs_.clear();
   graphs_pool_ = nullptr;
@@ -439,6 +442,26 @@ Status CudaTransformer::fetch(const ForwardBatch& batch, float* logits) {
 
 // -- Loading. ----------------------------------------------------------------------------------------------------------
 
+namespace {
+
+/// unimplemented: sizes that the kernels do not take.
+Status check_shape(const ModelConfig& config, const cuda::CudaKernels& kernels) {
+  constexpr int32_t kUsualBlockTokens = 16;
+  const Status attention = kernels.validate_attention_shape(config.heads, config.kv_heads, config.head_dim, kUsualBlockTokens);
+  if (!attention.ok()) return unimplemented("{}; use --device cpu", attention.message());
+  // Rows of weights are read 16 bytes at a time.
+  constexpr int32_t kMultiple = 8;
+  for (const auto& [field, size] : {std::pair("hidden_size", config.hidden_size), std::pair("intermediate_size", config.intermediate_size),
+                                    std::pair("vocab_size", config.vocab_size)}) {
+    if (size % kMultiple != 0) {
+      return unimplemented("{} is {}; on a GPU it must be a multiple of {}: use --device cpu", field, size, kMultiple);
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
 Result<std::unique_ptr<Model>> load_cuda_model(const ModelOptions& options, const CudaOptions& cuda) {
   if (!(cuda.memory_utilization > 0.0 && cuda.memory_utilization <= 1.0)) {
     return invalid_argument("the GPU memory utilization is {}; it must be above 0 and at most 1", cuda.memory_utilization);
@@ -456,8 +479,7 @@ Result<std::unique_ptr<Model>> load_cuda_model(const ModelOptions& options, cons
 
   ThreadPool threads(cuda.threads);
   BATON_ASSIGN_OR_RETURN(ModelFiles files, ModelFiles::open(options, threads));
-  constexpr int32_t kUsualBlockTokens = 16;
-  Status shape = parts.kernels->validate_attention_shape(files.config.heads, files.config.kv_heads, files.config.head_dim, kUsualBlockTokens);
+  const Status shape = check_shape(files.config, *parts.kernels);
   if (!shape.ok()) return shape.with_context(options.path.string());
   BATON_ASSIGN_OR_RETURN(parts.store, CudaWeightStore::create(parts.gpu, threads));
   BATON_ASSIGN_OR_RETURN(parts.weights, WeightsLoader<CudaWeightStore>(files.config, files.architecture->tensor_names(), *files.source,

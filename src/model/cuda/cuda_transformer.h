@@ -70,9 +70,6 @@ class CudaTransformer final : public Model {
     int32_t* chosen = nullptr;   // [logit_rows]
     cuda::CUdeviceptr decode = 0;
   };
-  struct Graph {
-    cuda::CUgraphExec exec = nullptr;
-  };
 
   explicit CudaTransformer(Parts parts) : parts_(std::move(parts)), config_(parts_.config) {}
   Status init(const RopeTables& rope);
@@ -82,6 +79,7 @@ class CudaTransformer final : public Model {
   Status tune_large_steps();
   bool is_decode(const ForwardBatch& batch) const;
   Status decode_step(const ForwardBatch& batch);
+  Status mixed_step(const ForwardBatch& batch, int32_t tile_tokens);
   Result<cuda::CUgraphExec> decode_graph(const StepPlan& plan, const ForwardBatch& batch);
   Status launch(const StepPlan& plan, const ForwardBatch& batch);
   Status attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv);
@@ -103,7 +101,7 @@ class CudaTransformer final : public Model {
   StepCapacity capacity_;
   StepBuffer mixed_step_, decode_step_;
   cuda::PinnedMemory chosen_;
-  std::map<int32_t, Graph> graphs_;        // by rows
+  std::map<int32_t, cuda::CUgraphExec> graphs_;  // by rows
   const std::byte* graphs_pool_ = nullptr; // what they were made for
   int32_t graphs_block_tokens_ = 0;
 };
