@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/cuda/embed.h"
 #include "kernels/cuda/kernel_arguments.h"
 #include "kernels/cuda/kernel_module.h"
 #include "kernels/cuda/prefill_attention.h"
@@ -15,13 +16,8 @@ namespace baton::cuda {
 namespace {
 
 #ifdef BATON_STEP_KERNELS_FATBIN
-#define BATON_EMBED(symbol, path)                                                              \
-  asm(".pushsection .rodata, \"a\", @progbits\n.balign 64\n.hidden " #symbol "\n.global " #symbol \
-      "\n" #symbol ":\n.incbin \"" path "\"\n.balign 64\n.popsection\n");                        \
-  extern "C" const char symbol[]
 BATON_EMBED(baton_step_kernels_fatbin, BATON_STEP_KERNELS_FATBIN);
 BATON_EMBED(baton_attention_decode_fatbin, BATON_ATTENTION_DECODE_FATBIN);
-#undef BATON_EMBED
 constexpr bool kHasKernels = true;
 const void* step_image() { return baton_step_kernels_fatbin; }
 const void* decode_image() { return baton_attention_decode_fatbin; }

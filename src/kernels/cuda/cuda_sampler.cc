@@ -5,21 +5,14 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/cuda/embed.h"
 #include "kernels/cuda/kernel_module.h"
 
 namespace baton::cuda {
 namespace {
 
 #ifdef BATON_SAMPLE_FATBIN
-asm(".pushsection .rodata, \"a\", @progbits\n"
-    ".balign 64\n"
-    ".hidden baton_sample_fatbin\n"
-    ".global baton_sample_fatbin\n"
-    "baton_sample_fatbin:\n"
-    ".incbin \"" BATON_SAMPLE_FATBIN "\"\n"
-    ".balign 64\n"
-    ".popsection\n");
-extern "C" const char baton_sample_fatbin[];
+BATON_EMBED(baton_sample_fatbin, BATON_SAMPLE_FATBIN);
 const void* kernel_image() { return baton_sample_fatbin; }
 #else
 const void* kernel_image() { return nullptr; }

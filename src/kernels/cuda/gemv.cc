@@ -6,26 +6,19 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/cuda/embed.h"
+#include "kernels/cuda/kernel_module.h"
 
 namespace baton::cuda {
 namespace {
 
 #ifdef BATON_GEMV_FATBIN
-asm(".pushsection .rodata, \"a\", @progbits\n"
-    ".balign 64\n"
-    ".hidden baton_gemv_fatbin\n"
-    ".global baton_gemv_fatbin\n"
-    "baton_gemv_fatbin:\n"
-    ".incbin \"" BATON_GEMV_FATBIN "\"\n"
-    ".balign 64\n"
-    ".popsection\n");
-extern "C" const char baton_gemv_fatbin[];
+BATON_EMBED(baton_gemv_fatbin, BATON_GEMV_FATBIN);
 const void* kernel_image() { return baton_gemv_fatbin; }
 #else
 const void* kernel_image() { return nullptr; }
 #endif
 
-constexpr int kAttributeMaxSharedPerBlock = 97;
 constexpr int64_t kSmallShareBytes = 128 << 10;
 /// Of x, normalised by every block.
 constexpr int kMaxNormedBytes = 40 << 10;
@@ -52,11 +45,9 @@ Status Gemv::load() {
   const Driver& cu = gpu_->driver();
   CurrentDevice current(*gpu_);
   CUdevice device = 0;
-  int major = 0;
+  BATON_RETURN_IF_ERROR(compute_capability(*gpu_).status());
   BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
-  BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&major, kAttributeComputeMajor, device), "cuDeviceGetAttribute"));
-  if (major < 8) return unimplemented("{} is older than sm_80", gpu_->name());
-  BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&max_shared_bytes_, kAttributeMaxSharedPerBlock, device),
+  BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&max_shared_bytes_, kAttributeSharedBytesOptIn, device),
                                  "cuDeviceGetAttribute"));
   BATON_RETURN_IF_ERROR(cu.check(cu.module_load(&module_, kernel_image()),
                                  fmt::format("loading the kernels for few rows on {}", gpu_->name())));
@@ -113,20 +104,10 @@ const Gemv::Variant* Gemv::choose(const GemvArguments& args) const {
 }
 
 Status Gemv::launch_kernel(CUstream stream, CUfunction function, int blocks, int shared_bytes, void* args) const {
-  CUlaunchAttribute attribute{};
-  attribute.id = kLaunchProgrammaticSerialization;
-  attribute.value.number = 1;
-  CUlaunchConfig config{};
-  config.grid_x = static_cast<unsigned>(blocks);
-  config.grid_y = config.grid_z = config.block_y = config.block_z = 1;
-  config.block_x = kGemvThreads;
-  config.shared_bytes = static_cast<unsigned>(shared_bytes);
-  config.stream = stream;
-  config.attributes = &attribute;
-  config.attribute_count = 1;
   void* parameters[] = {args};
-  const Driver& cu = gpu_->driver();
-  return cu.check(cu.launch_ex(&config, function, parameters, nullptr), "launching a product of few rows");
+  return cuda::launch_kernel(*gpu_, function, "a product of few rows",
+                             {.blocks = static_cast<unsigned>(blocks), .threads = kGemvThreads, .shared_bytes = static_cast<unsigned>(shared_bytes)},
+                             stream, static_cast<void**>(parameters));
 }
 
 Status Gemv::normalise(CUstream stream, GemvArguments& args) {

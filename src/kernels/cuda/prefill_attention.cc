@@ -9,21 +9,12 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/cuda/embed.h"
+#include "kernels/cuda/kernel_module.h"
 #include "kernels/cuda/prefill_arguments.h"
 
 namespace baton::cuda {
 namespace {
-
-// A fatbin's bytes, behind a symbol of this file.
-#define BATON_EMBED(symbol, path)                                             \
-  asm(".pushsection .rodata, \"a\", @progbits\n"                             \
-      ".balign 64\n"                                                          \
-      ".hidden " #symbol "\n"                                                 \
-      ".global " #symbol "\n" #symbol ":\n"                                   \
-      ".incbin \"" path "\"\n"                                               \
-      ".balign 64\n"                                                          \
-      ".popsection\n");                                                       \
-  extern "C" const char symbol[]
 
 #ifdef BATON_PREFILL_FATBIN
 BATON_EMBED(baton_attention_prefill_fatbin, BATON_PREFILL_FATBIN);
@@ -85,16 +76,11 @@ class PagedPrefill final : public PrefillAttention {
     if (portable_image() == nullptr) {
       return unimplemented("this build has no CUDA kernels: nvcc was not found when it was built");
     }
-    if (!cu.can_compute) return unavailable("the CUDA driver lacks functions that computing needs; a newer one has them");
+    BATON_ASSIGN_OR_RETURN(const ComputeCapability capability, compute_capability(*gpu_));
     CurrentDevice current(*gpu_);
-    int major = 0;
-    CUdevice device = 0;
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_get(&device, gpu_->ordinal()), "cuDeviceGet"));
-    BATON_RETURN_IF_ERROR(cu.check(cu.device_attribute(&major, kAttributeComputeMajor, device), "cuDeviceGetAttribute"));
-    if (major < 8) return unimplemented("{} is older than sm_80, the first with bf16 tensor cores", gpu_->name());
     BATON_RETURN_IF_ERROR(
         portable_.load(*gpu_, portable_image(), "baton_attention_prefill", kPrefillWidths, prefill_shared_bytes));
-    if (major != 9 || portable || cu.tensor_map_encode_tiled == nullptr) return {};
+    if (capability.major != 9 || portable || cu.tensor_map_encode_tiled == nullptr) return {};
     return sm90_.load(*gpu_, sm90_image(), "baton_attention_prefill_sm90", kPrefillSm90Widths, prefill_sm90_shared_bytes);
   }
 

@@ -2,21 +2,14 @@
 
 #include <utility>
 
+#include "base/cuda/embed.h"
 #include "transfer/cuda/copy_arguments.h"
 
 namespace baton::transfer::cuda {
 namespace {
 
 #ifdef BATON_CUDA_FATBIN
-asm(".pushsection .rodata, \"a\", @progbits\n"
-    ".balign 64\n"
-    ".hidden baton_transfer_cuda_fatbin\n"
-    ".global baton_transfer_cuda_fatbin\n"
-    "baton_transfer_cuda_fatbin:\n"
-    ".incbin \"" BATON_CUDA_FATBIN "\"\n"
-    ".balign 64\n"
-    ".popsection\n");
-extern "C" const char baton_transfer_cuda_fatbin[];
+BATON_EMBED(baton_transfer_cuda_fatbin, BATON_CUDA_FATBIN);
 const void* kernel_image() { return baton_transfer_cuda_fatbin; }
 bool has_kernels() { return true; }
 #else
