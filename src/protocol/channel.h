@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -11,7 +12,7 @@ namespace baton::protocol {
 
 class Frame;  // baton.pb.h
 
-constexpr uint32_t kProtocolVersion = 1;
+constexpr uint32_t kProtocolVersion = 2;
 
 /// Bounds of every channel; the same on both ends.
 struct ChannelLimits {
@@ -38,6 +39,9 @@ class Channel {
 struct ChannelHandler {
   std::function<void(std::shared_ptr<Channel>, Frame&&)> on_frame;
   std::function<void(std::shared_ptr<Channel>, Status)> on_closed;
+  /// If set: until this time of the SteadyClock, looked at after every on_frame, the network's thread polls without
+  /// going to sleep. That costs a core and saves the time it takes to wake up.
+  std::shared_ptr<const std::atomic<int64_t>> awake_until_ns = {};
 };
 
 /// Stops accepting and closes all accepted channels when destroyed.

@@ -23,6 +23,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "protocol/baton.pb.h"
 #include "protocol/channel.h"
@@ -70,7 +71,7 @@ class Poller {
       pthread_setname_np(pthread_self(), "baton-grpc");
       void* tag = nullptr;
       bool ok = false;
-      while (queue_->Next(&tag, &ok)) {
+      while (next(&tag, &ok)) {
         handed_over_.load(std::memory_order_acquire);
         static_cast<Completion*>(tag)->complete(ok);
       }
@@ -91,6 +92,8 @@ class Poller {
   }
 
   grpc::CompletionQueue* queue() { return queue_.get(); }
+  /// On the polling thread: it does not sleep before then.
+  void stay_awake(int64_t until_ns) { awake_until_ns_ = until_ns; }
   /// Before every operation: what was written until now is seen by its completion. gRPC's queue says so too, but the
   /// thread sanitizer can't look into that library.
   void hand_over() { handed_over_.fetch_add(1, std::memory_order_release); }
@@ -105,7 +108,20 @@ class Poller {
   }
 
  private:
+  /// Waits for the next completion, for some time without sleeping; false: the queue was shut down.
+  bool next(void** tag, bool* ok) {
+    while (SteadyClock::instance().now_ns() < awake_until_ns_) {
+      switch (queue_->AsyncNext(tag, ok, gpr_time_0(GPR_CLOCK_MONOTONIC))) {
+        case grpc::CompletionQueue::GOT_EVENT: return true;
+        case grpc::CompletionQueue::SHUTDOWN: return false;
+        case grpc::CompletionQueue::TIMEOUT: std::this_thread::yield();
+      }
+    }
+    return queue_->Next(tag, ok);
+  }
+
   std::unique_ptr<grpc::CompletionQueue> queue_;
+  int64_t awake_until_ns_ = 0;
   std::atomic<uint64_t> handed_over_{0};
   std::mutex mutex_;
   std::condition_variable idle_;
@@ -310,6 +326,7 @@ class GrpcChannel : public Channel, public std::enable_shared_from_this<GrpcChan
     incoming_.Clear();
     lock.unlock();
     handler_->on_frame(shared_from_this(), std::move(frame));
+    if (handler_->awake_until_ns != nullptr) poller_.stay_awake(handler_->awake_until_ns->load());
     lock.lock();
     begin();
     start_read();

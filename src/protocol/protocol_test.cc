@@ -117,6 +117,25 @@ TEST_P(GrpcNetworkTest, CarriesFramesInOrderBothWays) {
   EXPECT_EQ(channel->send(cancel_frame(1)).code(), StatusCode::kUnavailable);
 }
 
+TEST_P(GrpcNetworkTest, ServesAndEndsWithoutSleeping) {
+  Recorder server, client;
+  auto network = make_grpc_network();
+  server.set_reply(echo);
+  auto never = std::make_shared<std::atomic<int64_t>>(INT64_MAX);
+  ChannelHandler awake_server = server.handler(), awake_client = client.handler();
+  awake_server.awake_until_ns = awake_client.awake_until_ns = never;
+  auto listener = network->listen(address(), awake_server);
+  ASSERT_TRUE(listener.ok()) << listener.status().to_string();
+  auto channel = network->connect((*listener)->address(), awake_client);
+  for (uint64_t i = 0; i < 50; ++i) {
+    ASSERT_TRUE(channel->send(cancel_frame(i)).ok());
+    ASSERT_TRUE(client.wait_frames(i + 1));
+  }
+  channel->close();
+  ASSERT_TRUE(client.wait_closed());
+  ASSERT_TRUE(server.wait_closed());
+}
+
 TEST_P(GrpcNetworkTest, ManyChannelsAreServedAtOnce) {
   Recorder server, client;
   auto network = make_grpc_network();

@@ -177,6 +177,7 @@ Status check(const Load& l) {
                         l.waiting(), l.running(), l.queued_tokens()}) {
     c.range<int64_t>("counts", value, 0, int64_t{1} << 48);
   }
+  c.range("local_prefill_tokens", l.local_prefill_tokens(), 0, INT32_MAX);
   c.count("pairs", l.pairs_size(), kMaxPairs);
   for (const auto& pair : l.pairs()) {
     c.length("pairs.peer", pair.peer(), kMaxAddressBytes);
@@ -203,6 +204,7 @@ bool may_send(Sender sender, Frame::BodyCase kind) {
     case Frame::kCommit:
     case Frame::kAbort: return sender == Sender::kPrefillSide;
     case Frame::kLoad: return sender == Sender::kWorker || sender == Sender::kPrefillSide;
+    case Frame::kHeadsUp: return sender == Sender::kRouter || sender == Sender::kPrefillSide;
     case Frame::BODY_NOT_SET: return false;
   }
   return false;
@@ -234,6 +236,7 @@ std::string_view frame_kind_name(const Frame& frame) {
     case Frame::kAbort: return "abort";
     case Frame::kSetPeers: return "set_peers";
     case Frame::kLoad: return "load";
+    case Frame::kHeadsUp: return "heads_up";
     case Frame::BODY_NOT_SET: return "empty";
   }
   return "unknown";
@@ -263,6 +266,7 @@ Status validate_frame(const Frame& frame, Sender sender) {
       return c.take();
     }
     case Frame::kLoad: return check(frame.load());
+    case Frame::kHeadsUp: return {};
     case Frame::BODY_NOT_SET: break;
   }
   return failed_precondition("an empty frame");

@@ -180,6 +180,12 @@ bool RouterCore::send_generate(RequestState& request, WorkerEntry& worker) {
     end(request, invalid_argument("the request is beyond what workers take: {}", valid.message()));
     return true;
   }
+  if (!prefill.empty() && prefill.front()->outstanding_prefill_tokens == 0 && prefill.front()->channel &&
+      request.tokens() >= worker.load.local_prefill_tokens()) {
+    protocol::Frame heads_up;  // it is idle, so asleep
+    heads_up.mutable_heads_up();
+    ignore_status(prefill.front()->channel->send(heads_up));
+  }
   Status sent = worker.channel->send(frame);
   if (!sent.ok()) {
     log_warning("worker {} does not take requests: {}", worker_label(worker), sent.to_string());

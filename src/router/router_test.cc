@@ -70,8 +70,9 @@ class FakeWorker {
     output->mutable_status()->set_message("said the worker");
     ASSERT_TRUE(router_->send(frame).ok());
   }
-  void send_pair(const std::string& address, bool ready) {
+  void send_pair(const std::string& address, bool ready, int32_t local_prefill_tokens = 0) {
     Frame frame;
+    frame.mutable_load()->set_local_prefill_tokens(local_prefill_tokens);
     frame.mutable_load()->set_blocks_total(100);
     auto* pair = frame.mutable_load()->add_pairs();
     pair->set_address(address);
@@ -84,6 +85,7 @@ class FakeWorker {
   std::map<uint64_t, protocol::Generate> requests;
   std::map<uint64_t, int> sent;
   std::vector<uint64_t> cancelled;
+  int heads_ups = 0;
   protocol::SetPeers peers;
 
  private:
@@ -97,6 +99,8 @@ class FakeWorker {
       cancelled.push_back(frame.cancel().request());
     } else if (frame.has_set_peers()) {
       peers = frame.set_peers();
+    } else if (frame.has_heads_up()) {
+      ++heads_ups;
     }
   }
 
@@ -193,6 +197,21 @@ TEST_F(RouterTest, SendsARequestToTheDecodeWorkerWithItsPrefillCandidates) {
   EXPECT_EQ(outcomes_[7].finished, 1);
   EXPECT_TRUE(outcomes_[7].status.ok());
   EXPECT_EQ(core_->health().requests, 0);
+}
+
+TEST_F(RouterTest, AnIdlePrefillWorkerIsToldThatWorkIsOnItsWay) {
+  FakeWorker& prefill = add_worker("p", protocol::ROLE_PREFILL);
+  FakeWorker& decode = add_worker("d", protocol::ROLE_DECODE);
+  start({"p", "d"});
+  submit(7);
+  EXPECT_EQ(prefill.heads_ups, 1);
+  submit(8);
+  EXPECT_EQ(prefill.heads_ups, 1) << "it has work";
+  for (uint64_t request : {7, 8}) decode.send_token(request, true);
+  decode.send_pair("p", true, 1000);
+  pump();
+  submit(9);
+  EXPECT_EQ(prefill.heads_ups, 1) << "so short a prompt stays with the decode worker";
 }
 
 TEST_F(RouterTest, RefusesAnotherModelUnderTheSameName) {

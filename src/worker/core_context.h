@@ -38,6 +38,8 @@ struct CoreConfig {
   int64_t reconnect_max_ms = 5000;
   int64_t connect_timeout_ms = 5000;
   uint64_t seed = 1;  ///< of the jitter
+  /// Prefill workers tell the decode worker when its Commit is near.
+  bool heads_up = false;
 };
 
 /// Who waits for blocks, oldest first, over both roles: nobody overtakes. The arrival number is the key.

@@ -59,6 +59,8 @@ class DecodeSide {
   /// The time to finish is over: the routers' channels are closed, so that they go on elsewhere.
   void drop_routers();
 
+  /// Prompts with fewer tokens to compute are not sent to a prefill worker.
+  int32_t local_prefill_tokens() const { return break_even_.tokens(); }
   size_t requests() const { return requests_.size(); }
   size_t quarantined() const { return quarantine_.size(); }
   size_t routers() const { return routers_.size(); }

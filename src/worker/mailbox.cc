@@ -1,8 +1,11 @@
 #include "worker/mailbox.h"
 
+#include <algorithm>
 #include <chrono>
+#include <thread>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/log.h"
 
 namespace baton::worker {
@@ -15,6 +18,7 @@ bool Mailbox::post_frame(std::shared_ptr<protocol::Channel> channel, protocol::F
     if (frame_bytes_ > 0 && frame_bytes_ + bytes > max_frame_bytes_) return false;
     frame_bytes_ += bytes;
     events_.push_back(FrameArrived{std::move(channel), std::move(frame)});
+    ready_.store(true);
   }
   not_empty_.notify_one();
   return true;
@@ -25,16 +29,22 @@ void Mailbox::post(Event event) {
     std::lock_guard lock(mutex_);
     if (closed_) return;
     events_.push_back(std::move(event));
+    ready_.store(true);
   }
   not_empty_.notify_one();
 }
 
 std::vector<Event> Mailbox::take(int64_t timeout_ms) {
+  if (timeout_ms > 0) {
+    const Clock& clock = SteadyClock::instance();
+    const int64_t awake_until_ns = std::min(awake_until_ns_.load(), clock.now_ns() + timeout_ms * 1'000'000);
+    while (!ready_.load() && clock.now_ns() < awake_until_ns) std::this_thread::yield();
+  }
   std::unique_lock lock(mutex_);
   if (timeout_ms > 0) {
-    not_empty_.wait_for(lock, std::chrono::milliseconds(timeout_ms), [this] { return !events_.empty() || woken_; });
+    not_empty_.wait_for(lock, std::chrono::milliseconds(timeout_ms), [this] { return ready_.load(); });
   }
-  woken_ = false;
+  ready_.store(false);
   frame_bytes_ = 0;
   return std::exchange(events_, {});
 }
@@ -42,7 +52,7 @@ std::vector<Event> Mailbox::take(int64_t timeout_ms) {
 void Mailbox::wake() {
   {
     std::lock_guard lock(mutex_);
-    woken_ = true;
+    ready_.store(true);
   }
   not_empty_.notify_one();
 }
@@ -56,15 +66,23 @@ void Mailbox::close() {
   }
 }
 
+void Mailbox::note(const protocol::Frame& frame) {
+  if (awake_ms_ == 0) return;
+  const bool heads_up = frame.has_heads_up();
+  awake_until_ns_.store(heads_up ? SteadyClock::instance().now_ns() + awake_ms_ * 1'000'000 : 0);
+}
+
 protocol::ChannelHandler Mailbox::handler(std::shared_ptr<Mailbox> mailbox) {
   return {[mailbox](std::shared_ptr<protocol::Channel> channel, protocol::Frame&& frame) {
+            mailbox->note(frame);
             if (mailbox->post_frame(channel, std::move(frame))) return;
             log_warning("{} sends faster than frames are handled; its channel is closed", channel->address());
             channel->close();
           },
           [mailbox](std::shared_ptr<protocol::Channel> channel, Status status) {
             mailbox->post(ChannelClosed{std::move(channel), std::move(status)});
-          }};
+          },
+          std::shared_ptr<const std::atomic<int64_t>>(mailbox, &mailbox->awake_until_ns_)};
 }
 
 }  // namespace baton::worker

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -44,6 +45,10 @@ class Mailbox {
  public:
   explicit Mailbox(size_t max_frame_bytes) : max_frame_bytes_(max_frame_bytes) {}
 
+  /// What comes after a HeadsUp finds the taker awake, and the network's thread too, if it comes within `awake_ms`:
+  /// they poll until the next frame. 0, the default: they sleep as always. Before anything is posted.
+  void set_awake_ms(int64_t awake_ms) { awake_ms_ = awake_ms; }
+
   /// False when too many bytes wait: the sender floods us and its channel should be closed.
   [[nodiscard]] bool post_frame(std::shared_ptr<protocol::Channel> channel, protocol::Frame frame);
   void post(Event event);
@@ -58,12 +63,16 @@ class Mailbox {
   static protocol::ChannelHandler handler(std::shared_ptr<Mailbox> mailbox);
 
  private:
+  void note(const protocol::Frame& frame);
+
   const size_t max_frame_bytes_;
+  int64_t awake_ms_ = 0;
+  std::atomic<int64_t> awake_until_ns_{0};
+  std::atomic<bool> ready_{false};  // something was posted, or wake() was called
   std::mutex mutex_;
   std::condition_variable not_empty_;
   std::vector<Event> events_;
   size_t frame_bytes_ = 0;
-  bool woken_ = false;
   bool closed_ = false;
 };
 

@@ -178,6 +178,7 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
   {
     std::lock_guard lock(handoff.delivery->mutex);
     ++handoff.delivery->pending;
+    handoff.delivery->all_posted = context_.config.heads_up && handoff.written == expected_writes(handoff);
   }
   auto written = handoff.peer->link->write(
       std::move(write), [mailbox = context_.mailbox, delivery = handoff.delivery, clock = &context_.clock,
@@ -187,6 +188,7 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
           --delivery->pending;
           if (!status.ok()) delivery->spoiled = true;
           delivery->try_commit(clock->now_ns());
+          delivery->try_announce();
         }
         mailbox->post(WriteDone{id, index, status});
       });
@@ -210,6 +212,18 @@ void PrefillSide::Delivery::try_commit(int64_t now_ns) {
   sent_ok = channel->send(commit).ok();
 }
 
+void PrefillSide::Delivery::try_announce() {
+  if (pending > 0 || !all_posted || spoiled || announced || commit.has_commit()) return;
+  announced = true;
+  protocol::Frame frame;
+  frame.mutable_heads_up();
+  ignore_status(channel->send(frame));  // a courtesy: the Commit will find out
+}
+
+int64_t PrefillSide::expected_writes(const Handoff& handoff) const {
+  return static_cast<int64_t>(handoff.blocks.size()) * context_.engine.layout().layers;
+}
+
 bool PrefillSide::on_output(const TokenOutput& output) {
   auto it = handoffs_.find(static_cast<uint64_t>(output.request));
   if (it == handoffs_.end()) return false;
@@ -221,7 +235,7 @@ bool PrefillSide::on_output(const TokenOutput& output) {
   }
   handoff.computed_tokens = handoff.tokens;
   handoff.state = State::kDelivering;
-  const int64_t expected = static_cast<int64_t>(handoff.blocks.size()) * context_.engine.layout().layers;
+  const int64_t expected = expected_writes(handoff);
   if (handoff.failure.ok() && handoff.written < expected) {
     handoff.failure = internal_error("{} of {} layers of blocks were written", handoff.written, expected);
   }

@@ -79,6 +79,8 @@ class PrefillSide {
     std::mutex mutex;
     std::shared_ptr<protocol::Channel> channel;
     size_t pending = 0;          // writes that have not called back
+    bool all_posted = false;     // the last layer of the last chunk is among them
+    bool announced = false;      // a HeadsUp was sent
     bool spoiled = false;        // a write failed, or the handoff was aborted
     bool sent = false;
     bool sent_ok = false;
@@ -87,6 +89,8 @@ class PrefillSide {
 
     /// With `mutex` held: sends the Commit if it is ready to go.
     void try_commit(int64_t now_ns);
+    /// With `mutex` held: the last layer is delivered, so its rest and the first token are all that is to come.
+    void try_announce();
   };
 
   struct Handoff {
@@ -119,6 +123,8 @@ class PrefillSide {
   void send_abort(Peer& peer, uint64_t handoff, const Status& status);
   void send_progress(Handoff& handoff);
   void begin_abort(Handoff& handoff, Status status);
+  /// Blocks times layers.
+  int64_t expected_writes(const Handoff& handoff) const;
   void finish_if_quiet(Handoff& handoff);
   void prepare_commit(Handoff& handoff, const TokenOutput& first);
   void committed(Handoff& handoff);

@@ -77,6 +77,12 @@ class WorkerImpl final : public Worker {
     core.prefill_queue_timeout_ms = config_.prefill_queue_timeout_ms;
     core.quarantine_timeout_ms = config_.quarantine_timeout_ms;
     core.seed = static_cast<uint64_t>(agent_->epoch());
+    if (kind == transfer::MemoryKind::kCuda) {
+      // A GPU's host has cores to spare: two of them poll for the milliseconds in which a handoff's next frame is due.
+      constexpr int64_t kAwakeMs = 20;
+      mailbox_->set_awake_ms(kAwakeMs);
+      core.heads_up = true;
+    }
     core_ = std::make_unique<WorkerCore>(core, *engine_, *transfer_, network_, mailbox_, metrics_,
                                          SteadyClock::instance());
     BATON_ASSIGN_OR_RETURN(listener_, network_.listen(config_.listen_address, core_->handler()));

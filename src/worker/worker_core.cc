@@ -114,6 +114,7 @@ Status WorkerCore::handle_peer_frame(PrefillPeer& peer, const protocol::Frame& f
     case protocol::Frame::kCommit: return decode_.on_commit(peer, frame.commit());
     case protocol::Frame::kAbort: decode_.on_abort(peer, frame.abort()); return {};
     case protocol::Frame::kLoad: peers_.on_load(peer, frame.load()); return {};
+    case protocol::Frame::kHeadsUp: return {};  // the mailbox has taken note
     default: return internal_error("{} passed validation", protocol::frame_kind_name(frame));
   }
 }
@@ -154,6 +155,7 @@ Status WorkerCore::handle_router_frame(const protocol::Channel* channel, const p
       load_urgent_ = true;
       return {};
     }
+    case protocol::Frame::kHeadsUp: return {};
     default: return internal_error("{} passed validation", protocol::frame_kind_name(frame));
   }
 }
@@ -225,6 +227,7 @@ protocol::Load WorkerCore::make_load() const {
   load.set_running(stats.running + stats.reserved);
   load.set_queued_tokens(stats.waiting_tokens);
   load.set_draining(context_.draining);
+  load.set_local_prefill_tokens(decode_.local_prefill_tokens());
   return load;
 }
 

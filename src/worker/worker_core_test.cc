@@ -382,6 +382,39 @@ TEST_F(CoreTest, PrefillSideWritesCommitsAndReleases) {
   EXPECT_EQ(world.decode.heard(Frame::kAbort).size(), 1u) << "nothing is under way: that is an answer, too";
 }
 
+struct AnnouncingTest : CoreTest {
+  AnnouncingTest() : CoreTest(options()) {}
+  static CoreWorld::Options options() {
+    CoreWorld::Options options;
+    options.core.heads_up = true;
+    return options;
+  }
+};
+
+TEST_F(AnnouncingTest, LastLayerDeliveredBeforeTheTokenIsAnnouncedOnce) {
+  auto tag = world.other_agent->open_inbox().value();
+  Frame frame = prefill(5, 10);
+  frame.mutable_prefill()->set_tag(static_cast<uint32_t>(tag));
+  world.model.before_logits = [this] {
+    for (int i = 0; i < 20; ++i) {
+      world.agent->progress();
+      world.other_agent->progress();
+    }
+  };
+  world.decode.send(frame);
+  world.run(50);
+  EXPECT_EQ(world.decode.heard(Frame::kHeadsUp).size(), 1u);
+  ASSERT_EQ(world.decode.heard(Frame::kCommit).size(), 1u);
+  EXPECT_TRUE(world.decode.frames.end() - 1 > std::ranges::find_if(world.decode.frames, &Frame::has_heads_up));
+
+  world.model.before_logits = {};  // the Commit is ready before the writes are: nothing to announce
+  frame.mutable_prefill()->set_handoff(6);
+  world.decode.send(frame);
+  world.run(50);
+  EXPECT_EQ(world.decode.heard(Frame::kCommit).size(), 2u);
+  EXPECT_EQ(world.decode.heard(Frame::kHeadsUp).size(), 1u);
+}
+
 TEST_F(CoreTest, PrefillsThatCannotBeAreAborted) {
   Frame wrong_blocks = prefill(1, 10);
   wrong_blocks.mutable_prefill()->add_blocks(9);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <span>
 #include <string>
 #include <utility>
@@ -76,6 +77,7 @@ class FakeModel final : public Model {
       }
       if (batch.layer_done) batch.layer_done(layer, nullptr);
     }
+    if (before_logits) before_logits();
     size_t out = 0;
     for (int32_t row : batch.logit_rows) {
       fill_logits(history(layout, batch, slice_of(batch, row), row),
@@ -100,6 +102,7 @@ class FakeModel final : public Model {
   }
 
   Status fail_next;         ///< returned, once, by the next forward()
+  std::function<void()> before_logits;  ///< inside forward(), when every layer is done: what others do meanwhile
   int64_t forwards = 0;
   int64_t rows = 0;
   int64_t largest_batch = 0;
