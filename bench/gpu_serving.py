@@ -4,8 +4,8 @@ in, server-sent events out.
 
     bench/gpu_serving.py [--model models/shapes/Llama-3.1-8B] [--isl 1000,2000,4000,8000] [--osl 50] [--concurrency 10]
 
-First the time to the first token on idle machines, aggregated and disaggregated in turn (A B A B …), pair by pair; then a table of
-`baton bench serve` runs. Needs two GPUs (--devices); prompts are random token ids, so no prefix is ever cached."""
+First the time to the first token on idle machines, aggregated and disaggregated in turn (A B, B A, A B …), pair by pair, each after
+a pause: a GPU at its power limit computes faster after a rest, so both get the same one. Then a table of `baton bench serve` runs. Needs two GPUs (--devices); prompts are random token ids, so no prefix is ever cached."""
 
 import argparse
 import json
@@ -53,7 +53,13 @@ def idle(arguments, common, devices):
                 alone.ttft_ms(prompt()), pair.ttft_ms(prompt())
             time.sleep(2.2)
             before = total_ms(alone, "baton_worker_ttft_seconds"), total_ms(pair, "baton_worker_handoff_compute_seconds")
-            times = [(alone.ttft_ms(prompt()), pair.ttft_ms(prompt())) for _ in range(arguments.runs)]
+            times = []
+            for run in range(arguments.runs):
+                ttft_ms = {}
+                for cluster in (alone, pair) if run % 2 == 0 else (pair, alone):
+                    time.sleep(arguments.pause_s)
+                    ttft_ms[cluster] = cluster.ttft_ms(prompt())
+                times.append((ttft_ms[alone], ttft_ms[pair]))
             added = [b - a for a, b in times]
             time.sleep(2.2)  # metrics come once a second
             print(f"{isl:>6} {statistics.median(a for a, _ in times):>14.1f} {statistics.median(b for _, b in times):>17.1f} "
@@ -78,6 +84,7 @@ def main():
     parser.add_argument("--concurrency", type=int, default=10)
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--runs", type=int, default=11, help="pairs of the idle comparison")
+    parser.add_argument("--pause-s", type=float, default=0.3, help="before each request of the idle comparison")
     parser.add_argument("--idle-only", action="store_true")
     parser.add_argument("--devices", default="cuda:0,cuda:1")
     arguments = parser.parse_args()
