@@ -38,6 +38,8 @@ struct CoreConfig {
   int64_t reconnect_max_ms = 5000;
   int64_t connect_timeout_ms = 5000;
   uint64_t seed = 1;  ///< of the jitter
+  /// Over this transport a prefill's layers are sent in a few bursts, not one by one.
+  std::string burst_transport = "cuda_ipc";
   /// Prefill workers tell the decode worker when its Commit is near.
   bool heads_up = false;
 };

@@ -1,6 +1,7 @@
 #include "worker/prefill_side.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/log.h"
 #include "worker/convert.h"
@@ -11,6 +12,14 @@ namespace {
 constexpr int64_t kLinkRetryMs = 100;
 /// Signs of life per lease.
 constexpr int64_t kProgressPerLease = 4;
+/// A burst has at most so many layers for each one still to be computed, so that it is over before they are.
+constexpr int32_t kBurstLayersPerLayer = 4;
+
+/// Whether the layers [first, layer] go now. NVLink that carries something every few milliseconds never rests, and what it
+/// draws is missing where the GPU computes: 2 % of a long prefill's time layer by layer, 0.3 % in one burst (H200).
+bool burst_is_due(int32_t first, int32_t layer, int32_t layers) {
+  return layer == layers - 1 || layer - first + 1 >= kBurstLayersPerLayer * (layers - layer);
+}
 }  // namespace
 
 PrefillSide::PrefillSide(CoreContext& context) : context_(context) {}
@@ -38,6 +47,7 @@ void PrefillSide::connect_link(Peer& peer) {
   if (link.ok()) {
     peer.link = *std::move(link);
     transfer::PathInfo path = peer.link->path();
+    peer.bursts = path.transport == context_.config.burst_transport;
     log_info("KV for {} goes by {} ({}), {} rails: {}", peer.name, path.transport, path.provider, path.rails,
              path.reason);
     return;
@@ -161,6 +171,10 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
     handoff.computed_tokens = std::min(handoff.tokens, ready.last_block * layout.block_tokens);
   }
 
+  if (ready.layer == 0) handoff.unsent_layer = 0;
+  if (handoff.peer->bursts && !burst_is_due(handoff.unsent_layer, ready.layer, layout.layers)) return;
+  const int32_t first_layer = std::exchange(handoff.unsent_layer, ready.layer + 1);
+  const int32_t layers = ready.layer + 1 - first_layer;
   transfer::BlockWrite write;
   int32_t end_block = handoff.first_block + static_cast<int32_t>(handoff.blocks.size());
   for (int32_t b = std::max(ready.first_block, handoff.first_block); b < std::min(ready.last_block, end_block); ++b) {
@@ -168,9 +182,9 @@ void PrefillSide::on_layer_ready(const LayerReady& ready) {
                             handoff.blocks[static_cast<size_t>(b - handoff.first_block)]});
   }
   if (write.blocks.empty()) return;
-  handoff.written += static_cast<int64_t>(write.blocks.size());
-  write.offset_bytes = static_cast<uint64_t>(layout.layer_offset_bytes(ready.layer));
-  write.length_bytes = static_cast<uint64_t>(layout.layer_bytes());
+  handoff.written += static_cast<int64_t>(write.blocks.size()) * layers;
+  write.offset_bytes = static_cast<uint64_t>(layout.layer_offset_bytes(first_layer));
+  write.length_bytes = static_cast<uint64_t>(layers * layout.layer_bytes());
   write.tag = handoff.tag;
   write.deadline = handoff.deadline;
   write.after = ready.ready.get();

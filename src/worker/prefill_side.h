@@ -64,6 +64,7 @@ class PrefillSide {
     std::string metadata;
     uint32_t pool = 0;
     std::unique_ptr<KvLink> link;
+    bool bursts = false;         // of layers, over this link
     Status link_status;
     Status refused;              // the layouts differ
     int64_t next_link_try_ms = 0;
@@ -110,6 +111,7 @@ class PrefillSide {
     size_t pending_writes = 0;   // whose WriteDone has not come
     uint64_t messages = 0, bytes = 0;
     int32_t computed_tokens = 0;
+    int32_t unsent_layer = 0;    // of the step: the first one whose blocks are still to be sent
     int64_t written = 0;         // blocks times layers
     bool settled = true;
     Status failure;              // set by on_layer_ready; acted upon after the step

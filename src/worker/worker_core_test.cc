@@ -415,6 +415,40 @@ TEST_F(AnnouncingTest, LastLayerDeliveredBeforeTheTokenIsAnnouncedOnce) {
   EXPECT_EQ(world.decode.heard(Frame::kHeadsUp).size(), 1u);
 }
 
+struct BurstTest : CoreTest {
+  BurstTest() : CoreTest(options()) {}
+  static CoreWorld::Options options() {
+    CoreWorld::Options options;
+    options.core.burst_transport = "sim";
+    options.layers = 10;
+    return options;
+  }
+};
+
+TEST_F(BurstTest, LayersAreSentInFewWritesAndAllOfThem) {
+  auto tag = world.other_agent->open_inbox().value();
+  Frame frame = prefill(5, 10);
+  frame.mutable_prefill()->set_tag(static_cast<uint32_t>(tag));
+  world.decode.send(frame);
+  world.run(50);
+  auto commits = world.decode.heard(Frame::kCommit);
+  ASSERT_EQ(commits.size(), 1u);
+  const protocol::Commit& commit = commits[0].commit();
+  const int64_t blocks = world.engine->layout().tokens_to_blocks(10);
+  EXPECT_EQ(commit.bytes(), static_cast<uint64_t>(blocks * world.engine->layout().block_bytes()));
+  EXPECT_EQ(commit.messages(), world.other_agent->arrived(tag));
+  EXPECT_EQ(commit.messages(), static_cast<uint64_t>(2 * blocks)) << "of every block nine layers, then the last one";
+  // The same bytes in both pools, block for block.
+  const size_t bytes = static_cast<size_t>(world.engine->layout().block_bytes());
+  const auto mine = world.engine->kv_pool();
+  for (int64_t b = 0; b < blocks; ++b) {
+    const std::byte* theirs = world.other_memory.data() + frame.prefill().blocks(static_cast<int>(b)) * bytes;
+    bool found = false;
+    for (size_t at = 0; at < mine.size(); at += bytes) found = found || std::equal(theirs, theirs + bytes, mine.data() + at);
+    EXPECT_TRUE(found) << "block " << b;
+  }
+}
+
 TEST_F(CoreTest, PrefillsThatCannotBeAreAborted) {
   Frame wrong_blocks = prefill(1, 10);
   wrong_blocks.mutable_prefill()->add_blocks(9);

@@ -53,6 +53,7 @@ class CoreWorld {
     int64_t kv_blocks = 32;
     int32_t block_tokens = 4;
     int32_t max_model_len = 64;
+    int32_t layers = 2;
     protocol::ChannelLimits limits;
     transfer::SimOptions fabric;
     bool others_check = false;  ///< the puppets' agent writes in integrity mode
@@ -170,7 +171,7 @@ class CoreWorld {
   ManualClock clock;
   protocol::InMemoryNetwork network;
   transfer::SimFabric fabric{options_.fabric};
-  baton::testing::FakeModel model;
+  baton::testing::FakeModel model{{.layers = options_.layers}};
   std::unique_ptr<Engine> engine;
   std::vector<std::byte> other_memory;
   transfer::PoolId other_pool{};
