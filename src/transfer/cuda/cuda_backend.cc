@@ -427,6 +427,11 @@ void CudaBackend::on_welcome(ControlPlane::Id id, Welcome welcome) {
       return;
     }
     link.pools_[pool.id] = {static_cast<size_t>(pool.key), pool.base};
+    // Mapping takes milliseconds, which the first write need not wait for. What fails here is tried again there, and told.
+    for (const auto& [ordinal, local] : devices_) {
+      Result<std::shared_ptr<Mapping>> mapping = map(link.allocations_[pool.key], *local, link.same_process_, link.peer_name_);
+      if (mapping.ok()) link.mappings_[{pool.key, local.get()}] = *std::move(mapping);
+    }
   }
   link.ready_ = true;
   saw_event();
