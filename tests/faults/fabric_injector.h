@@ -12,6 +12,7 @@
 
 #include "base/random.h"
 #include "transfer/fabric/provider.h"
+#include "transfer/inbox.h"
 
 namespace baton::transfer {
 
@@ -29,9 +30,10 @@ class FabricInjector final : public fabric::OpenObserver {
     double reorder = 0;  ///< share of completions, of either side, that are told after later ones
     bool efa_limits = true;
     bool shared_endpoint = false;  ///< one endpoint for all peers, as EFA has it
+    int lost_greetings = 0;  ///< so many of the first messages on new endpoints end with an error: the peer died meanwhile
   };
   struct Counts {
-    uint64_t posts = 0, again = 0, overtaken = 0, reordered = 0;
+    uint64_t posts = 0, again = 0, overtaken = 0, reordered = 0, lost_greetings = 0;
     uint64_t violations = 0;  ///< posts that EFA would not have taken
   };
 
@@ -130,6 +132,11 @@ class FabricInjector final : public fabric::OpenObserver {
     if (random_.chance(options_.again)) {
       ++counts_.again;
       return -FI_EAGAIN;
+    }
+    if (message->data >= kFirstReservedTag && counts_.lost_greetings < static_cast<uint64_t>(options_.lost_greetings)) {
+      ++counts_.lost_greetings;
+      endpoint.queue->errors.emplace_back(message->context, FI_ECONNRESET);
+      return 0;
     }
     if (!random_.chance(options_.overtake)) return endpoint.real->writemsg(ep, message, flags);
     ++counts_.overtaken;

@@ -310,6 +310,34 @@ TEST_P(TransferInjection, ManyPairsComeAndGo) {
   }
 }
 
+// A peer that dies while it is being connected to costs its own pair and no other: each one left an operation behind that was
+// then given out twice, and one of the two messages never ended.
+TEST(TransferGreeting, ThatIsLostHarmsNoOtherPair) {
+  set_log_level(LogLevel::kError);
+  FabricInjector::Options options;
+  options.lost_greetings = 3;
+  FabricInjector injector(options);
+  Node receiver("receiver"), sender("sender");
+  BlockWrite write;
+  write.local_pool = sender.pool;
+  write.remote_pool = receiver.pool;
+  write.length_bytes = kStride;
+  for (uint32_t i = 0; i < kBlocks; ++i) write.blocks.push_back({i, i});
+  for (int i = 0; i < options.lost_greetings; ++i) {
+    Result<Peer> lost = sender.agent->connect(receiver.agent->metadata());
+    if (!lost.ok()) continue;
+    Result<Transfer> transfer = lost->write(write);
+    EXPECT_FALSE(transfer.ok() && transfer->wait().ok());
+    EXPECT_TRUE(lost->close().ok());
+  }
+  EXPECT_EQ(injector.counts().lost_greetings, static_cast<uint64_t>(options.lost_greetings));
+  Peer peer = *sender.agent->connect(receiver.agent->metadata());
+  for (int round = 0; round < 20; ++round) {
+    Transfer transfer = *peer.write(write);
+    ASSERT_EQ(transfer.wait(), Status()) << "round " << round;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Endpoints, TransferInjection, ::testing::Bool(),
                          [](const auto& info) { return info.param ? "Shared" : "OnePerPeer"; });
 

@@ -435,6 +435,8 @@ Operation* FabricBackend::take_operation() {
 }
 
 void FabricBackend::release(Operation* operation) {
+  // Twice in the list it would be posted twice at a time, and one of the two messages would never end.
+  BATON_CHECK(operation->in_use);
   operation->link = nullptr;
   operation->in_use = false;
   operation->greeting = false;

@@ -136,13 +136,11 @@ Status FabricLink::post_greeting(uint32_t index) {
 }
 
 void FabricLink::on_greeted(Operation& operation, const Status& status) {
-  if (!status.ok()) {
-    if (!can_fail_over()) return backend_.report_failure(*this, status);
-    return fail_rail(operation.rail, status, &operation);
-  }
+  if (!status.ok() && can_fail_over()) return fail_rail(operation.rail, status, &operation);
   Path& path = paths_[operation.rail];
-  std::erase(path.outstanding, &operation);
+  BATON_CHECK(std::erase(path.outstanding, &operation) == 1);
   --outstanding_;
+  if (!status.ok()) return backend_.report_failure(*this, status);
   path.greeted = greeted_ = true;
   states_[operation.rail].usable = true;
   backend_.count_opened_rail();
