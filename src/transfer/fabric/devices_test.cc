@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+
 #include "transfer/fabric/provider.h"
 #include "transfer/topology/rails.h"
 #include "transfer/topology/sysfs_tree.h"
@@ -45,6 +47,15 @@ TEST(ChooseDevices, NothingIsOpenedThatDoesNotFit) {
   ASSERT_FALSE(all.ok());
   EXPECT_EQ(all.status().code(), StatusCode::kResourceExhausted);
   EXPECT_THAT(all.status().message(), HasSubstr("GiB"));
+}
+
+TEST(LibraryDefaults, LeaveWhatTheUserHasSet) {
+  ASSERT_EQ(::setenv("FI_TCP_MAX_RX_SIZE", "4096", 1), 0);
+  set_library_defaults();
+  EXPECT_STREQ(std::getenv("FI_TCP_MAX_RX_SIZE"), "4096");
+  ASSERT_EQ(::unsetenv("FI_TCP_MAX_RX_SIZE"), 0);
+  set_library_defaults();
+  EXPECT_EQ(std::getenv("FI_TCP_MAX_RX_SIZE") != nullptr, FI_VERSION_GE(fi_version(), FI_VERSION(1, 19)));
 }
 
 }  // namespace

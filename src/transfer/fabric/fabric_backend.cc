@@ -37,6 +37,7 @@ constexpr uint32_t kLocalTcpMessages = 2;
 
 FabricBackend::FabricBackend(std::shared_ptr<BackendContext> context, std::string transport)
     : context_(std::move(context)), transport_(std::move(transport)), provider_name_(transport_) {
+  set_library_defaults();
   const bool tcp = transport_ == "tcp";
   ControlPlane::Options options;
   options.epoch = context_->epoch;

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <vector>
@@ -50,6 +51,13 @@ InfoPointer make_hints(const std::string& transport, const std::string& provider
 }
 
 }  // namespace
+
+void set_library_defaults() {
+  // From 1.19 on tcp keeps 16 KiB for a received message that nobody waits for in each of its 1024 slots for operations, 17 MiB a
+  // rail. Nothing is received here but writes into registered memory, which need none of it.
+  constexpr uint32_t kFirstWithReceiveBuffers = FI_VERSION(1, 19);
+  if (FI_VERSION_GE(fi_version(), kFirstWithReceiveBuffers)) (void)::setenv("FI_TCP_MAX_RX_SIZE", "128", /*overwrite=*/0);
+}
 
 Result<Provider> find_provider(const std::string& transport, const std::string& address) {
   int error = -FI_ENODATA;

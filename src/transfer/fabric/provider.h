@@ -34,6 +34,11 @@ class OpenObserver {
 };
 inline OpenObserver* open_observer = nullptr;
 
+/// Sets the variables of `environment(7)` that keep libfabric small (docs/transfer.md, "Variables of libfabric that matter"),
+/// where they are not set. libfabric reads them once, in the process's first fi_getinfo(): call it before, on a thread that may
+/// change the environment.
+void set_library_defaults();
+
 /// Asks libfabric for reliable datagram endpoints with remote writes. `address`: the local IP (tcp), else the name of the
 /// device (empty: the first).
 Result<Provider> find_provider(const std::string& transport, const std::string& address);

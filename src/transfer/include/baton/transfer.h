@@ -243,7 +243,8 @@ struct AgentStats {
 /// Owns rails, endpoints, completion queues and one progress thread per rail group.
 class Agent {
  public:
-  /// Opens only what the configuration needs and logs what it opens and what it costs.
+  /// Opens only what the configuration needs and logs what it opens and what it costs. With tcp, efa or verbs (or auto) it sets
+  /// FI_TCP_MAX_RX_SIZE in the environment where that is not set (docs/transfer.md): see setenv(3) about other threads.
   static Result<std::unique_ptr<Agent>> create(AgentConfig config,
                                                const Clock& clock = SteadyClock::instance());
   /// Ends every transfer and shuts all writers out, for which it may wait a second: afterwards nothing from a peer that is
