@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <sstream>
 
 #include "base/check.h"
@@ -166,12 +167,12 @@ std::vector<std::string> SysfsTree::entries() const {
   return found;
 }
 
-const Topology& machine(const std::string& name) {
-  static auto* const read = new std::map<std::string, Topology>();
+const Topology& machine(std::string_view name) {
+  static auto* const read = new std::map<std::string, Topology, std::less<>>();
   auto found = read->find(name);
   if (found == read->end()) {
     SysfsTree tree;
-    tree.load(name);
+    tree.load(std::string(name));
     found = read->emplace(name, Topology::read(tree.root())).first;
   }
   return found->second;

@@ -52,6 +52,6 @@ class SysfsTree {
 };
 
 /// The topology of a machine of testdata/; laid out and read once per process.
-const Topology& machine(const std::string& name);
+const Topology& machine(std::string_view name);
 
 }  // namespace baton::transfer
