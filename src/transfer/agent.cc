@@ -176,6 +176,7 @@ Status AgentCore::need_cuda_backend() {
   BATON_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, create_cuda_backend(context_));
   log_info("transfer {}: offers {} as well", config_.name, backend->describe());
   backends_.insert(backends_.begin(), std::move(backend));
+  wake();  // the progress thread may be asleep without the new one's descriptor
   return Status();
 }
 

@@ -1,9 +1,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <numeric>
+#include <string>
 #include <thread>
 
 #include "base/log.h"
@@ -276,6 +281,32 @@ TEST_F(Cuda, AWriteWaitsForItsEvent) {
   EXPECT_EQ(peer.write(write).status().code(), StatusCode::kInvalidArgument);
   (void)driver_->stream_destroy(stream);
   (void)driver_->event_destroy(event);
+}
+
+/// Whether every other thread of this process sleeps.
+bool others_sleep() {
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    if (task.path().filename() == std::to_string(::gettid())) continue;
+    std::string line;
+    std::getline(std::ifstream(task.path() / "stat"), line);
+    const size_t end = line.rfind(')');  // of the name; the state follows
+    if (end != std::string::npos && line.compare(end, 3, ") S") != 0) return false;
+  }
+  return true;
+}
+
+TEST_F(Cuda, GpuMemoryThatComesWhileAnAgentSleepsIsReachedAtOnce) {
+  PoolMemory here(4096, "cuda_ipc", 0), there(4096, "cuda_ipc", 0);
+  auto sender = std::move(*Agent::create(config("sender")));
+  auto receiver = std::move(*Agent::create(config("receiver")));
+  PoolId from = *sender->add_pool({*sender->register_memory(here, MemoryKind::kCuda), 4096, 1});
+  while (!others_sleep()) std::this_thread::yield();
+  PoolId to = *receiver->add_pool({*receiver->register_memory(there, MemoryKind::kCuda), 4096, 1});
+  here.fill(std::byte{5});
+  Peer peer = *sender->connect(receiver->metadata());
+  EXPECT_EQ(peer.path().transport, "cuda_ipc");
+  EXPECT_EQ(peer.write({.local_pool = from, .remote_pool = to, .blocks = {{0, 0}}, .length_bytes = 4096})->wait(), Status());
+  EXPECT_TRUE(here == there);
 }
 
 TEST_F(Cuda, WithoutPeerAccessThereIsNoPathAndAReason) {
