@@ -27,6 +27,14 @@ int32_t Batch::add(std::span<const TokenId> tokens, int32_t start, int32_t rows,
   return logit_rows() - 1;
 }
 
+int32_t Batch::add_chosen(int32_t chosen_row, int32_t start, std::span<const BlockId> table) {
+  const TokenId token = chosen_before(chosen_row);
+  const int32_t first_row = rows();
+  const int32_t logits = add({&token, 1}, 0, 1, table, /*wants_logits=*/true);
+  sequences_.back() = {.first_row = first_row, .rows = 1, .start_pos = start, .block_table = table.data()};
+  return logits;
+}
+
 ForwardBatch Batch::view() const {
   ForwardBatch batch;
   batch.tokens = tokens_;

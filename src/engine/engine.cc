@@ -185,7 +185,7 @@ void EngineImpl::cancel(RequestId id) {
 }
 
 bool EngineImpl::has_work() const {
-  if (!pending_.empty() || !running_.empty()) return true;
+  if (!pending_.empty() || !running_.empty() || under_way_ > 0) return true;
   if (waiting_.empty()) return false;
   return !blocked_ || next_deadline_.expired(clock_);
 }
@@ -237,11 +237,13 @@ void EngineImpl::start_running(Sequence* sequence) {
 }
 
 void EngineImpl::free_blocks(Sequence* sequence) {
+  BATON_CHECK(sequence->steps == 0) << "a step under way writes into its blocks";
   if (!sequence->table.empty()) blocked_ = false;
   blocks_.release(sequence->table);
   sequence->table.clear();
   sequence->published = {};
   sequence->computed = 0;
+  sequence->launched = 0;
 }
 
 void EngineImpl::erase(Sequence* sequence) {
@@ -258,10 +260,30 @@ void EngineImpl::erase(Sequence* sequence) {
     case Sequence::State::kHeld:
       --held_;
       break;
+    case Sequence::State::kGone:
+      BATON_CHECK(false) << "erased twice";
   }
   blocked_ = false;  // a place is free, if not blocks
-  free_blocks(sequence);
+  if (sequence->steps > 0) {
+    sequence->state = Sequence::State::kGone;
+    gone_.push_back(std::move(sequences_.at(sequence->id)));
+  } else {
+    free_blocks(sequence);
+  }
   sequences_.erase(sequence->id);
+}
+
+/// A step that the sequence had rows in was dropped.
+void EngineImpl::end_part(Sequence* sequence) {
+  --sequence->steps;
+  sequence->launched = sequence->computed;
+  sequence->awaited = 0;
+  if (sequence->state == Sequence::State::kGone && sequence->steps == 0) bury(sequence);
+}
+
+void EngineImpl::bury(Sequence* sequence) {
+  free_blocks(sequence);
+  std::erase_if(gone_, [&](const std::unique_ptr<Sequence>& gone) { return gone.get() == sequence; });
 }
 
 EngineStats EngineImpl::stats() const {

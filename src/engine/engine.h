@@ -43,7 +43,9 @@ struct EngineStats {
   int64_t waiting_tokens = 0;                                ///< prompt tokens not yet computed, all requests
   BlockCounts blocks;
   int64_t prefix_query_tokens = 0, prefix_hit_tokens = 0;
-  int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0, preemptions = 0;
+  int64_t steps = 0;
+  int64_t steps_ahead = 0;  ///< of them, launched before the step before had ended
+  int64_t prefill_tokens = 0, decode_tokens = 0, preemptions = 0;
 };
 
 /// KV of a prefill_only request that is now complete in the pool, or will be when `ready` is reached
@@ -59,7 +61,8 @@ struct LayerReady {
 };
 
 /// Token ids in, token ids out: continuous batching over one model on one device. No text, no sockets.
-/// Every function is called by the one thread that owns the engine; step() runs one iteration.
+/// Every function is called by the one thread that owns the engine; step() runs one iteration. The destructor waits for what is
+/// under way on the device.
 ///
 /// A request that fits max_model_len always fits the pool once others are gone, so it ends: when a decode needs a
 /// block, the latest arrival gives up its blocks and is computed again later, its output going on where it
@@ -73,7 +76,8 @@ class Engine {
 
   /// Queues a request. Errors: invalid_argument (length, token ids, sampling), resource_exhausted (queue full).
   virtual Status submit(Request request) = 0;
-  /// Ends a request wherever it is and frees its blocks at once; unknown ids are ignored. No output follows.
+  /// Ends a request wherever it is; unknown ids are ignored. No output follows. Its blocks are free at once, or when the step that is
+  /// computing it has ended: has_work() is true until then.
   /// Except for a reservation, into whose blocks a peer may still write: that is abandon(id, true).
   virtual void cancel(RequestId id) = 0;
   /// True when step() would do something: false also while requests wait for blocks that only release(), abandon()
@@ -81,8 +85,9 @@ class Engine {
   virtual bool has_work() const = 0;
   /// The earliest deadline of a waiting or running request: when it passes, has_work() is true.
   virtual Deadline next_deadline() const = 0;
-  /// Schedules, computes and samples once. Never fails as a whole: failures are outputs of their requests, and only a lost
-  /// device (StepOutput::device) ends the engine's life. First
+  /// Schedules, computes and samples once. Where the model runs ahead it returns with the next step under way: what is done until
+  /// the call after that costs the device nothing, and what is submitted until then is in the step after that. Never fails as
+  /// a whole: failures are outputs of their requests, and only a lost device (StepOutput::device) ends the engine's life. First
   /// tokens of admit() are returned alone, at once: they don't wait for a computation.
   virtual StepOutput step() = 0;
 

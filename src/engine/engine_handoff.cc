@@ -78,6 +78,7 @@ Status EngineImpl::admit(RequestId id, TokenOutput first) {
   }
   --reserved_;
   sequence->computed = sequence->length();
+  sequence->launched = sequence->computed;
   publish(sequence);
   start_running(sequence);
 

@@ -13,11 +13,13 @@
 #include "base/random.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
+#include "engine/testing/async_fake_model.h"
 #include "engine/testing/fake_model.h"
 
 namespace baton {
 namespace {
 
+using testing::AsyncFakeModel;
 using testing::FakeModel;
 
 constexpr int32_t kVocab = 96;
@@ -75,6 +77,26 @@ std::vector<Request> mixed_requests(int count, uint64_t seed) {
     requests.push_back(std::move(request));
   }
   return requests;
+}
+
+/// Most of them made such that their next step may be launched before their token is known.
+std::vector<Request> unobserved(std::vector<Request> requests) {
+  Random random(3);
+  for (Request& request : requests) {
+    if (random.chance(0.03)) continue;
+    request.sampling.logprobs = -1;
+    request.sampling.repetition_penalty = 1;
+    request.sampling.presence_penalty = request.sampling.frequency_penalty = 0;
+  }
+  return requests;
+}
+
+/// `seed` 0: computes within forward(); else runs beside the host.
+std::unique_ptr<FakeModel> make_model(const std::vector<Request>& requests, uint64_t seed) {
+  if (seed == 0) return std::make_unique<FakeModel>(model_options());
+  auto model = std::make_unique<AsyncFakeModel>(model_options(), seed);
+  for (const Request& request : requests) model->know_seed(request.sampling.seed, kMaxLen);
+  return model;
 }
 
 /// One at a time, from whole histories, with no engine at all but its sampler.
@@ -165,12 +187,12 @@ const Setting kSettings[] = {
     {"blocks of one", {.block_tokens = 1, .kv_blocks = 160, .max_batched_tokens = 33, .max_running = 32}, true},
 };
 
-TEST(EngineProperty, OutputsDependOnTheRequestAlone) {
-  const std::vector<Request> requests = mixed_requests(200, 1);
+void run_all_settings(const std::vector<Request>& requests, uint64_t model_seed) {
   const std::vector<Expected> expected = expectations(requests);
   for (const Setting& setting : kSettings) {
     Random random(7);
-    FakeModel model(model_options());
+    const std::unique_ptr<FakeModel> owned = make_model(requests, model_seed);
+    FakeModel& model = *owned;
     auto engine = make_engine(model, setting.config);
     ASSERT_EQ(engine->config().max_model_len, kMaxLen) << setting.name;
     Checker checker(expected, setting.name);
@@ -188,7 +210,7 @@ TEST(EngineProperty, OutputsDependOnTheRequestAlone) {
       }
       const int64_t before = model.forwards;
       checker.check(engine->step());
-      if (HasFatalFailure()) return;
+      if (::testing::Test::HasFatalFailure()) return;
       idle = model.forwards == before ? idle + 1 : 0;
       ASSERT_LT(idle, 100) << setting.name << " makes no progress";
     }
@@ -200,7 +222,14 @@ TEST(EngineProperty, OutputsDependOnTheRequestAlone) {
     EXPECT_EQ(stats.preemptions > 0, setting.preempts) << setting.name << ": " << stats.preemptions;
     EXPECT_EQ(stats.prefix_hit_tokens > 0, setting.config.prefix_cache) << setting.name;
     EXPECT_LE(model.largest_batch, setting.config.max_batched_tokens) << setting.name;
+    EXPECT_EQ(stats.steps_ahead > stats.steps / 20, model_seed > 0) << setting.name << ": " << stats.steps_ahead << " of " << stats.steps;
   }
+}
+
+TEST(EngineProperty, OutputsDependOnTheRequestAlone) { run_all_settings(mixed_requests(200, 1), 0); }
+
+TEST(EngineProperty, NorOnStepsThatAreLaunchedBeforeTheirTokensAreKnown) {
+  for (uint64_t seed : {1, 2, 3}) run_all_settings(unobserved(mixed_requests(200, seed)), seed);
 }
 
 /// Two engines and the worker's part in between, driven by dice: reservations are made, filled layer by layer, committed,
@@ -209,16 +238,18 @@ TEST(EngineProperty, OutputsDependOnTheRequestAlone) {
 class Cluster {
  public:
   Cluster(const std::vector<Request>& requests, const std::vector<Expected>& expected, EngineConfig prefill,
-          EngineConfig decode, const char* name, uint64_t seed)
-      : requests_(requests), checker_(expected, name), decode_config_(decode), random_(seed), name_(name) {
-    prefill_ = make_engine(prefill_model_, prefill);
-    decode_ = make_engine(decode_model_, decode);
+          EngineConfig decode, const char* name, uint64_t seed, bool ahead)
+      : requests_(requests), checker_(expected, name), decode_config_(decode), random_(seed), name_(name),
+        prefill_model_(make_model(requests, ahead ? seed : 0)), decode_model_(make_model(requests, ahead ? seed + 100 : 0)) {
+    prefill_ = make_engine(*prefill_model_, prefill);
+    decode_ = make_engine(*decode_model_, decode);
     prefill_->set_layer_ready([this](const LayerReady& ready) { copy(ready); });
   }
 
   void run() {
     for (size_t i = 0; i < requests_.size(); ++i) queue_.push_back(i + 1);
-    for (int64_t turn = 0; !queue_.empty() || !live_.empty() || !stale_.empty(); ++turn) {
+    const auto busy = [&] { return prefill_->has_work() || decode_->has_work(); };  // to the end of the last step under way
+    for (int64_t turn = 0; !queue_.empty() || !live_.empty() || !stale_.empty() || busy(); ++turn) {
       ASSERT_LT(turn, 200'000) << name_ << " does not end: " << queue_.size() << " queued, " << live_.size() << " live";
       if (!queue_.empty() && random_.chance(0.5)) start();
       if (random_.chance(0.02)) cancel_one();
@@ -279,7 +310,13 @@ class Cluster {
     ASSERT_TRUE(prefill_->submit(std::move(request)).ok());
   }
 
+  /// A layer that is not computed yet is copied when it is.
   void copy(const LayerReady& ready) {
+    if (ready.ready != nullptr && !*static_cast<const AsyncFakeModel::Reached*>(ready.ready.get())) {
+      std::vector<BlockId>& table = later_.emplace_back(ready, std::vector(ready.table.begin(), ready.table.end())).second;
+      later_.back().first.table = table;
+      return;
+    }
     const auto id = static_cast<uint64_t>(ready.request);
     const auto it = live_.find(id);
     if (it == live_.end() || !it->second.reserved) return;
@@ -292,8 +329,18 @@ class Cluster {
     }
   }
 
+  void copy_what_is_computed() {
+    for (size_t waiting = later_.size(); waiting > 0; --waiting) {
+      const auto next = std::move(later_.front());
+      later_.pop_front();
+      copy(next.first);
+    }
+  }
+
   void step_prefill() {
-    for (TokenOutput& output : prefill_->step().tokens) {
+    StepOutput step = prefill_->step();
+    copy_what_is_computed();
+    for (TokenOutput& output : step.tokens) {
       const auto id = static_cast<uint64_t>(output.request);
       ASSERT_EQ(output.finish, FinishReason::kPrefillDone) << output.status.to_string();
       const auto it = live_.find(id);
@@ -357,7 +404,7 @@ class Cluster {
   }
   void lose_decode() {
     preemptions_ += decode_->stats().preemptions;
-    decode_ = make_engine(decode_model_, decode_config_);
+    decode_ = make_engine(*decode_model_, decode_config_);
     for (const auto& [id, attempt] : live_) {
       prefill_->cancel(RequestId{id});
       queue_.push_back(id);
@@ -371,8 +418,9 @@ class Cluster {
   EngineConfig decode_config_;
   Random random_;
   const char* name_;
-  FakeModel prefill_model_{model_options()}, decode_model_{model_options()};
+  std::unique_ptr<FakeModel> prefill_model_, decode_model_;
   std::unique_ptr<Engine> prefill_, decode_;
+  std::deque<std::pair<LayerReady, std::vector<BlockId>>> later_;  // with the table it points to
   std::deque<uint64_t> queue_;
   std::map<uint64_t, Attempt> live_;
   std::map<uint64_t, Attempt> stale_;  // in quarantine
@@ -380,21 +428,26 @@ class Cluster {
   int64_t preemptions_ = 0;
 };
 
-TEST(EngineProperty, MovedRequestsGiveTheSameTokens) {
-  const std::vector<Request> requests = mixed_requests(200, 2);
+void move_requests(const std::vector<Request>& requests, bool ahead) {
   const std::vector<Expected> expected = expectations(requests);
   int64_t preemptions = 0;
   for (const Setting& setting : kSettings) {
     for (uint64_t seed = 1; seed <= 3; ++seed) {
       EngineConfig prefill = setting.config;
       prefill.prefix_cache = seed != 2;
-      Cluster cluster(requests, expected, prefill, setting.config, setting.name, seed);
+      Cluster cluster(requests, expected, prefill, setting.config, setting.name, seed, ahead);
       cluster.run();
-      if (HasFatalFailure()) return;
+      if (::testing::Test::HasFatalFailure()) return;
       preemptions += cluster.preemptions();
     }
   }
   EXPECT_GT(preemptions, 100);
+}
+
+TEST(EngineProperty, MovedRequestsGiveTheSameTokens) { move_requests(mixed_requests(200, 2), false); }
+
+TEST(EngineProperty, SoDoThoseWhoseStepsAreLaunchedBeforeTheirTokensAreKnown) {
+  move_requests(unobserved(mixed_requests(200, 2)), true);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// One iteration: plan, compute, sample.
+// One iteration: plan, launch; wait for the step before, sample.
 
 #include <algorithm>
 #include <bit>
@@ -20,30 +20,74 @@ StepOutput EngineImpl::step() {
   }
   in_step_ = true;
   expire(&out);
-  if (!running_.empty() || !waiting_.empty()) {
-    plan_step();
-    build_batch();
-    if (!batch_.empty()) {
-      const Status status = compute();
-      ++totals_.steps;
-      if (status.ok()) {
-        finish_rows(&out);
-      } else if (status.code() == StatusCode::kUnavailable) {
-        out.device = status;
-      } else {
-        log_error("engine: a step of {} tokens failed: {}", batch_.rows(), status.to_string());
-        for (const Work& work : work_) fail(work.sequence, status, &out);
-      }
-    }
+  while (under_way_ < kMaxSteps && launch_step()) {
   }
+  if (under_way_ > 0) finish_step(&out);
   // The logits of a big batch are memory that an idle worker should not hold.
   constexpr size_t kKeepBytes = size_t{32} << 20;
-  if (running_.empty() && logits_ && logits_->span().size() > kKeepBytes) {
+  if (running_.empty() && under_way_ == 0 && logits_ && logits_->span().size() > kKeepBytes) {
     logits_ = nullptr;
     logits_capacity_ = 0;
   }
   in_step_ = false;
   return out;
+}
+
+EngineImpl::~EngineImpl() {
+  drop_steps();  // they write into the pool
+}
+
+// -- Launching. --------------------------------------------------------------------------------------------------
+
+bool EngineImpl::launch_step() {
+  if (running_.empty() && waiting_.empty()) return false;
+  if (under_way_ > 0 && !may_run_ahead()) return false;
+  Step& step = steps_[next_step_];
+  if (!plan_step(&step)) return false;
+  build_batch(&step);
+  if (batch_.empty()) return false;
+  step.rows = batch_.rows();
+  step.status = compute(&step);
+  for (const Work& work : step.work) {
+    Sequence& sequence = *work.sequence;
+    ++sequence.steps;
+    sequence.launched += work.rows;
+    if (work.logits < 0) continue;
+    ++sequence.awaited;
+    sequence.awaited_row = work.logits;
+  }
+  ++totals_.steps;
+  if (under_way_ > 0) ++totals_.steps_ahead;
+  next_step_ = (next_step_ + 1) % kMaxSteps;
+  ++under_way_;
+  return true;
+}
+
+bool EngineImpl::may_run_ahead() const {
+  if (!model_.runs_ahead() || !newest_step().status.ok() || !newest_step().chooses) return false;
+  // Penalties count the token that is not known yet.
+  return std::ranges::none_of(running_, [&](const Sequence* sequence) {
+    return sequence->awaited > 0 && has_penalties(sequence->sampling) && !ends_with_awaited(*sequence);
+  });
+}
+
+bool EngineImpl::prefix_under_way(const Sequence& waiting, int64_t cached_tokens) const {
+  const int64_t end = cached_tokens + config_.block_tokens;
+  if (!config_.prefix_cache || end >= waiting.length()) return false;
+  return std::ranges::any_of(running_, [&](const Sequence* sequence) {
+    return sequence->computed < end && end <= std::min(sequence->launched, sequence->length()) &&
+           std::equal(waiting.tokens.begin(), waiting.tokens.begin() + end, sequence->tokens.begin());
+  });
+}
+
+bool EngineImpl::step_will_release() const {
+  return !gone_.empty() || std::ranges::any_of(running_, [&](const Sequence* sequence) { return ends_with_awaited(*sequence); });
+}
+
+bool EngineImpl::ends_with_awaited(const Sequence& sequence) const {
+  if (sequence.awaited == 0) return false;
+  return sequence.prefill_only || sequence.outputs() + sequence.awaited >= sequence.sampling.max_tokens ||
+         sequence.length() + sequence.awaited >= config_.max_model_len;
 }
 
 void EngineImpl::expire(StepOutput* out) {
@@ -71,20 +115,20 @@ void EngineImpl::expire(StepOutput* out) {
 }
 
 /// Fills plan_ and applies what it says about blocks and queues: afterwards every planned sequence is running and
-/// has its blocks. Leaves the rows in work_.
-void EngineImpl::plan_step() {
-  work_.clear();
+/// has its blocks. Leaves the rows in `step`. False, and nothing has changed: it has to wait for the step under way.
+bool EngineImpl::plan_step(Step* step) {
+  step->work.clear();
   running_views_.clear();
   int32_t decodes = 0;
   int64_t growth = 0;
   for (const Sequence* sequence : running_) {
     RunningView view;
-    view.tokens = sequence->length();
-    view.computed = sequence->computed;
+    view.computed = sequence->launched;
+    view.tokens = ends_with_awaited(*sequence) ? view.computed : sequence->length() + sequence->awaited;
     view.blocks = static_cast<int32_t>(sequence->table.size());
     view.preemptible = !sequence->prefill_only;
     decodes += view.tokens - view.computed == 1;
-    growth += view.computed + 1 > view.blocks * config_.block_tokens;
+    growth += view.tokens > view.computed && view.computed + 1 > view.blocks * config_.block_tokens;
     running_views_.push_back(view);
   }
   if (growth > blocks_.available()) {
@@ -101,6 +145,7 @@ void EngineImpl::plan_step() {
     for (const Sequence* sequence : waiting_) {
       const auto peek = blocks_.peek_prefix_blocks(sequence->tokens, sequence->length() - 1);
       WaitingView view;
+      if (under_way_ > 0 && prefix_under_way(*sequence, peek.tokens)) return false;
       view.tokens = sequence->length();
       view.cached_tokens = static_cast<int32_t>(peek.tokens);
       view.cached_idle_blocks = static_cast<int32_t>(peek.idle_blocks);
@@ -121,20 +166,23 @@ void EngineImpl::plan_step() {
                   .max_sequences = max_sequences_};
   schedule(input, &plan_);
   const bool blocked = blocked_ || plan_.blocked;
+  // Blocks of who is computed now cannot be taken away, and who waits should not wait for one step more than it must.
+  if (under_way_ > 0 && (!plan_.preempted.empty() || (blocked && !waiting_.empty() && step_will_release()))) return false;
 
   // Pointers first: preempting and admitting moves the indices.
   for (const Plan::Slice& slice : plan_.running) {
     const RunningView& view = running_views_[static_cast<size_t>(slice.index)];
-    work_.push_back({.sequence = running_[static_cast<size_t>(slice.index)],
-                     .rows = slice.rows,
-                     .logits = -1,
-                     .decode = view.tokens - view.computed == 1});
+    step->work.push_back({.sequence = running_[static_cast<size_t>(slice.index)],
+                          .rows = slice.rows,
+                          .logits = -1,
+                          .decode = view.tokens - view.computed == 1});
   }
   picked_.clear();
   for (int32_t index : plan_.grown) picked_.push_back(running_[static_cast<size_t>(index)]);
   preempt_planned();
-  start_planned();
+  start_planned(step);
   blocked_ = blocked && plan_.preempted.empty();
+  return true;
 }
 
 void EngineImpl::preempt_planned() {
@@ -148,17 +196,19 @@ void EngineImpl::preempt_planned() {
   }
 }
 
-void EngineImpl::start_planned() {
-  const size_t first_admitted = work_.size();
+void EngineImpl::start_planned(Step* step) {
+  std::vector<Work>& work = step->work;
+  const size_t first_admitted = work.size();
   for (const Plan::Slice& slice : plan_.admitted) {
-    work_.push_back({.sequence = waiting_[static_cast<size_t>(slice.index)], .rows = slice.rows, .logits = -1, .decode = false});
+    work.push_back({.sequence = waiting_[static_cast<size_t>(slice.index)], .rows = slice.rows, .logits = -1, .decode = false});
   }
   // Every prefix is taken before anything is allocated, so that no allocation evicts what the plan counted on.
-  for (size_t i = first_admitted; i < work_.size(); ++i) {
-    Sequence* sequence = work_[i].sequence;
+  for (size_t i = first_admitted; i < work.size(); ++i) {
+    Sequence* sequence = work[i].sequence;
     dequeue(sequence);
     sequence->table = blocks_.match_prefix(sequence->tokens, sequence->length() - 1);
     sequence->computed = static_cast<int32_t>(std::ssize(sequence->table)) * config_.block_tokens;
+    sequence->launched = sequence->computed;
     if (!std::exchange(sequence->admitted_before, true)) {
       totals_.prefix_query_tokens += sequence->length();
       totals_.prefix_hit_tokens += sequence->computed;
@@ -169,15 +219,15 @@ void EngineImpl::start_planned() {
     const Status status = blocks_.allocate_into(1, &sequence->table);
     BATON_CHECK(status.ok()) << "planned growth: " << status.to_string();
   }
-  for (size_t i = first_admitted; i < work_.size(); ++i) {
-    Sequence* sequence = work_[i].sequence;
+  for (size_t i = first_admitted; i < work.size(); ++i) {
+    Sequence* sequence = work[i].sequence;
     const Status status =
         blocks_.allocate_into(blocks_of(sequence->length()) - std::ssize(sequence->table), &sequence->table);
     BATON_CHECK(status.ok()) << "planned admission: " << status.to_string();
     start_running(sequence);
   }
-  for (size_t i = first_admitted; i < work_.size(); ++i) {
-    const Sequence& sequence = *work_[i].sequence;
+  for (size_t i = first_admitted; i < work.size(); ++i) {
+    const Sequence& sequence = *work[i].sequence;
     if (!sequence.prefill_only || sequence.computed == 0) continue;
     for (int32_t layer = 0; layer < layout_.layers; ++layer) {
       notify_layer(layer, sequence, 0, sequence.computed / config_.block_tokens, nullptr);
@@ -196,13 +246,16 @@ void EngineImpl::notify_layer(int32_t layer, const Sequence& sequence, int32_t f
                 .ready = ready});
 }
 
-void EngineImpl::build_batch() {
+void EngineImpl::build_batch(Step* step) {
   batch_.clear();
-  for (Work& work : work_) {
+  for (Work& work : step->work) {
     const Sequence& sequence = *work.sequence;
-    const bool complete = sequence.computed + work.rows == sequence.length();
-    work.logits = batch_.add(sequence.tokens, sequence.computed, work.rows, sequence.table, complete);
-    (work.decode ? totals_.decode_tokens : totals_.prefill_tokens) += work.rows;
+    if (sequence.launched == sequence.length()) {
+      work.logits = batch_.add_chosen(sequence.awaited_row, sequence.launched, sequence.table);
+    } else {
+      const bool complete = sequence.launched + work.rows == sequence.length();
+      work.logits = batch_.add(sequence.tokens, sequence.launched, work.rows, sequence.table, complete);
+    }
   }
 }
 
@@ -217,12 +270,12 @@ Status EngineImpl::ensure_logits(int32_t rows) {
   return {};
 }
 
-Status EngineImpl::compute() {
+Status EngineImpl::compute(Step* step) {
   ForwardBatch batch = batch_.view();
-  chosen_.clear();
-  if (choose_on_device()) {
-    chosen_.resize(static_cast<size_t>(batch_.logit_rows()));
-    batch.chosen = chosen_;
+  step->chooses = choose_on_device(*step);
+  if (step->chooses) {
+    step->chosen.resize(static_cast<size_t>(batch_.logit_rows()));
+    batch.chosen = step->chosen;
     batch.choices = choices_;
     batch.edits = edits_;
   } else {
@@ -230,48 +283,83 @@ Status EngineImpl::compute() {
   }
   batch.kv_pool = pool_->span().data();
   batch.block_tokens = config_.block_tokens;
-  const bool sends = layer_ready_ && std::ranges::any_of(work_, [](const Work& w) { return w.sequence->prefill_only; });
+  const bool sends = layer_ready_ && std::ranges::any_of(step->work, [](const Work& w) { return w.sequence->prefill_only; });
   if (sends) {
-    batch.layer_done = [this](int32_t layer, const std::shared_ptr<void>& ready) {
-      for (const Work& work : work_) {
+    batch.layer_done = [this, step](int32_t layer, const std::shared_ptr<void>& ready) {
+      for (const Work& work : step->work) {
         const Sequence& sequence = *work.sequence;
         if (!sequence.prefill_only) continue;
-        notify_layer(layer, sequence, sequence.computed / config_.block_tokens,
-                     static_cast<int32_t>(blocks_of(sequence.computed + work.rows)), ready);
+        notify_layer(layer, sequence, sequence.launched / config_.block_tokens,
+                     static_cast<int32_t>(blocks_of(sequence.launched + work.rows)), ready);
       }
     };
   }
-  return model_.forward(batch, logits_ ? reinterpret_cast<float*>(logits_->span().data()) : nullptr);
+  return model_.launch(batch, logits_ ? reinterpret_cast<float*>(logits_->span().data()) : nullptr);
 }
 
 /// Unless somebody wants logprobs: then no logits have to come to the host.
-bool EngineImpl::choose_on_device() {
+bool EngineImpl::choose_on_device(const Step& step) {
   choices_.clear();
   edits_.clear();
   if (!model_.can_choose(0)) return false;
   choices_.resize(static_cast<size_t>(batch_.logit_rows()));
-  for (const Work& work : work_) {
+  for (const Work& work : step.work) {
     if (work.logits < 0) continue;
-    if (work.sequence->sampling.logprobs >= 0) return false;
-    choices_[static_cast<size_t>(work.logits)] = sampler_.choice(sample_context(*work.sequence), &edits_);
+    Sequence& sequence = *work.sequence;
+    if (sequence.sampling.logprobs >= 0) return false;
+    choices_[static_cast<size_t>(work.logits)] =
+        sampler_.choice(sample_context(sequence, sequence.outputs() + sequence.awaited), &edits_);
   }
   return model_.can_choose(edits_.size());
 }
 
-SampleContext EngineImpl::sample_context(Sequence& sequence) const {
+SampleContext EngineImpl::sample_context(Sequence& sequence, int32_t output_index) const {
   return {.params = &sequence.sampling,
           .tokens = sequence.tokens,
           .prompt_tokens = static_cast<size_t>(sequence.prompt_tokens),
-          .output_index = sequence.outputs(),
+          .output_index = output_index,
           .counts = &sequence.counts};
 }
 
-void EngineImpl::finish_rows(StepOutput* out) {
-  out->tokens.reserve(out->tokens.size() + work_.size());
-  for (const Work& work : work_) {
-    work.sequence->computed += work.rows;
-    publish(work.sequence);
-    if (work.logits >= 0) sample(work, out);
+// -- Finishing. --------------------------------------------------------------------------------------------------
+
+void EngineImpl::finish_step(StepOutput* out) {
+  const Step& step = oldest_step();
+  const Status status = step.status.ok() ? model_.finish() : step.status;
+  --under_way_;
+  if (status.code() == StatusCode::kUnavailable) {
+    for (const Work& work : step.work) end_part(work.sequence);
+    drop_steps();
+    out->device = status;
+    return;
+  }
+  if (!status.ok()) log_error("engine: a step of {} tokens failed: {}", step.rows, status.to_string());
+  out->tokens.reserve(out->tokens.size() + step.work.size());
+  for (const Work& work : step.work) {
+    Sequence* sequence = work.sequence;
+    --sequence->steps;
+    if (sequence->state == Sequence::State::kGone) {
+      if (sequence->steps == 0) bury(sequence);
+      continue;
+    }
+    if (work.logits >= 0) --sequence->awaited;
+    if (!status.ok()) {
+      fail(sequence, status, out);
+      continue;
+    }
+    sequence->computed += work.rows;
+    (work.decode ? totals_.decode_tokens : totals_.prefill_tokens) += work.rows;
+    publish(sequence);
+    if (work.logits >= 0) sample(step, work, out);
+  }
+}
+
+/// Waits for what is under way and forgets it: every sequence is as it was before.
+void EngineImpl::drop_steps() {
+  for (; under_way_ > 0; --under_way_) {
+    const Step& step = oldest_step();
+    if (step.status.ok()) ignore_status(model_.finish());
+    for (const Work& work : step.work) end_part(work.sequence);
   }
 }
 
@@ -281,17 +369,17 @@ void EngineImpl::publish(Sequence* sequence) {
                   &sequence->published);
 }
 
-void EngineImpl::sample(const Work& work, StepOutput* out) {
+void EngineImpl::sample(const Step& step, const Work& work, StepOutput* out) {
   Sequence* sequence = work.sequence;
   const auto vocab_size = static_cast<size_t>(model_.config().vocab_size);
   Result<SampledToken> sampled = SampledToken();
-  if (!chosen_.empty()) {
-    sampled->token = chosen_[static_cast<size_t>(work.logits)];
+  if (step.chooses) {
+    sampled->token = step.chosen[static_cast<size_t>(work.logits)];
     if (sampled->token == kChosenNone) sampled = sampler_.nothing_left();
     else if (sampled->token < 0) sampled = Sampler::not_finite();
   } else {
     float* logits = reinterpret_cast<float*>(logits_->span().data()) + static_cast<size_t>(work.logits) * vocab_size;
-    sampled = sampler_.sample({logits, vocab_size}, sample_context(*sequence));
+    sampled = sampler_.sample({logits, vocab_size}, sample_context(*sequence, sequence->outputs()));
   }
   if (!sampled.ok()) {
     fail(sequence, sampled.status(), out);

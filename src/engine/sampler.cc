@@ -25,6 +25,10 @@ bool before(const T& a, const T& b) {
 
 bool is_greedy(const SamplingParams& params) { return params.temperature < kGreedyBelow; }
 
+bool has_penalties(const SamplingParams& params) {
+  return params.repetition_penalty != 1.0f || params.frequency_penalty != 0.0f || params.presence_penalty != 0.0f;
+}
+
 double sampling_uniform(uint64_t seed, int32_t index) {
   return static_cast<double>(mix_bits(seed, static_cast<uint64_t>(index)) >> 11) * 0x1.0p-53;
 }
@@ -109,7 +113,7 @@ TokenChoice Sampler::choice(const SampleContext& context, std::vector<LogitEdit>
     for (TokenId token : params.stop_token_ids) edit(token).bias = kMinusInfinity;
   }
   for (const auto& [token, bias] : params.logit_bias) edit(token).bias += std::clamp(bias, -100.0f, 100.0f);
-  if (params.repetition_penalty != 1.0f || params.frequency_penalty != 0.0f || params.presence_penalty != 0.0f) {
+  if (has_penalties(params)) {
     BATON_CHECK(context.counts != nullptr) << "penalties need the token counts";
     context.counts->update(context.tokens, context.prompt_tokens);
     for (const auto& [token, output_count] : context.counts->entries()) {
@@ -144,7 +148,7 @@ void Sampler::edit(std::span<float> logits, const SampleContext& context) {
   for (const auto& [token, bias] : params.logit_bias) {
     change(logits, token, logits[static_cast<size_t>(token)] + std::clamp(bias, -100.0f, 100.0f));
   }
-  if (params.repetition_penalty == 1.0f && params.frequency_penalty == 0.0f && params.presence_penalty == 0.0f) return;
+  if (!has_penalties(params)) return;
   BATON_CHECK(context.counts != nullptr) << "penalties need the token counts";
   context.counts->update(context.tokens, context.prompt_tokens);
   for (const auto& [token, output_count] : context.counts->entries()) {

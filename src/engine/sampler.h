@@ -48,6 +48,8 @@ struct SampledToken {
 
 /// Whether the most likely token is taken: at temperature 0, and so close to it that vLLM makes no difference either.
 bool is_greedy(const SamplingParams& params);
+/// Whether what was said so far changes the logits.
+bool has_penalties(const SamplingParams& params);
 /// In [0, 1): what decides about output token `index`.
 double sampling_uniform(uint64_t seed, int32_t index);
 

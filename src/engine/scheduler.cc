@@ -66,7 +66,7 @@ void schedule(const SchedulerInput& input, Plan* plan) {
 
   for (int32_t i = 0; i < static_cast<int32_t>(input.running.size()) && budget > 0; ++i) {
     const RunningView& view = input.running[static_cast<size_t>(i)];
-    if (decodes(view) || (view.preemptible && i >= last)) continue;
+    if (decodes(view) || view.tokens == view.computed || (view.preemptible && i >= last)) continue;
     const int32_t rows = chunk_rows(view.computed, view.tokens, budget, block_tokens);
     if (rows == 0) break;  // the budget ends inside a block: nobody behind overtakes
     plan->running.push_back({.index = i, .rows = rows});

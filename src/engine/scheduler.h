@@ -8,8 +8,10 @@ namespace baton {
 
 /// One sequence that holds its blocks and takes part in steps. In order of arrival.
 struct RunningView {
-  int32_t tokens = 0;             ///< prompt and output so far
-  int32_t computed = 0;           ///< of them, whose KV is in the pool; tokens - computed == 1: it decodes
+  int32_t tokens = 0;             ///< prompt and output so far, with what a step under way adds
+  /// Of them, whose KV is in the pool or will be by a step under way. tokens - computed == 1: it decodes; 0: it takes no part,
+  /// since it ends with that step.
+  int32_t computed = 0;
   int32_t blocks = 0;             ///< in its table
   bool preemptible = true;        ///< false: prefill_only (a peer is being sent its KV)
   /// Blocks that preempting it would give back. Read only when blocks are short.

@@ -62,6 +62,7 @@ TEST(Scheduler, Table) {
       {"prefills in order of arrival", {prefilling(100, 80), prefilling(40, 0)}, {}, 10, "run 0:20 1:32", 55},
       {"nobody overtakes a prefill that has to wait", {prefilling(100, 0), prefilling(4, 0)}, {}, 10, "", 15},
       {"a decode grows on the boundary", {decoding(32, 2), decoding(33, 3)}, {}, 1, "run 0:1 1:1 | grow 0"},
+      {"who ends with the step under way takes no part", {{.tokens = 32, .computed = 32, .blocks = 2}, prefilling(40, 0)}, {}, 10, "run 1:40"},
       {"a cached prefix is not computed", {}, {{.tokens = 100, .cached_tokens = 96, .cached_idle_blocks = 6}}, 10,
        "admit 0:4"},
       {"first come first served", {}, {{.tokens = 20}, {.tokens = 20}}, 10, "admit 0:20 1:20"},

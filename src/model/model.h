@@ -32,7 +32,7 @@ struct ModelOptions {
 /// One forward pass over a mixed batch of prefill chunks and decode rows. Row r belongs to the
 /// sequence slice that covers it; slices are in row order without gaps.
 struct ForwardBatch {
-  std::span<const int32_t> tokens;            // [rows], each in [0, vocab_size)
+  std::span<const int32_t> tokens;            // [rows], each in [0, vocab_size), or chosen_before() in Model::launch()
   std::span<const SequenceSlice> sequences;
   std::span<const int32_t> logit_rows;        // rows whose logits are wanted, ascending
   /// The KV pool: block b at pool + b * layout(block_tokens).block_bytes().
@@ -48,6 +48,9 @@ struct ForwardBatch {
   std::span<const TokenChoice> choices;
   std::span<const LogitEdit> edits;
 };
+
+/// As a token of a batch: the one that the step launched before chooses for its logit row `logit_row`.
+constexpr int32_t chosen_before(int32_t logit_row) { return -1 - logit_row; }
 
 /// The largest batch that will come, for models that plan their memory once.
 struct BatchLimits {
@@ -74,6 +77,15 @@ class Model {
   /// the largest batch.
   virtual Status forward(const ForwardBatch& batch, float* logits) = 0;
   virtual bool can_choose(size_t /*edits*/) const { return false; }
+
+  /// forward() in two parts: a step is launched, and finish() waits for the oldest one that has not been. A failed launch() leaves
+  /// nothing under way of that step. What results go into (logits, chosen) must stay until finish(); the rest of the batch is read
+  /// by launch() alone. A model that runs ahead takes a second step while the first one is under way: they are computed one after
+  /// the other, and where the first one chooses its tokens the second one may have chosen_before() among its own, also one that
+  /// turns out to be kChosenNone or kChosenNotFinite (what is computed from it means nothing).
+  virtual bool runs_ahead() const { return false; }
+  virtual Status launch(const ForwardBatch& batch, float* logits) { return forward(batch, logits); }
+  virtual Status finish() { return {}; }
   /// For people: "cuda/sm_90 (NVIDIA H200)"; empty on the CPU, whose kernels have a name of their own.
   virtual std::string device_name() const { return {}; }
   /// How fast its device reads memory, measured now (under a second): what bounds decoding.

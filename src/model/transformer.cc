@@ -43,14 +43,15 @@ BlockLayout Transformer::layout(int32_t block_tokens) const {
   return layout;
 }
 
-Status check_batch(const ModelConfig& config, int32_t max_model_len, const ForwardBatch& batch, const float* logits) {
+Status check_batch(const ModelConfig& config, int32_t max_model_len, const ForwardBatch& batch, const float* logits,
+                   int32_t chosen_rows) {
   constexpr size_t kMaxRows = 1 << 20;
   if (batch.tokens.empty() || batch.tokens.size() > kMaxRows) {
     return invalid_argument("a batch of {} rows; it must be in [1, {}]", batch.tokens.size(), kMaxRows);
   }
   if (batch.kv_pool == nullptr || batch.block_tokens <= 0) return invalid_argument("a batch without a KV pool");
   for (int32_t token : batch.tokens) {
-    if (token < 0 || token >= config.vocab_size) {
+    if (token < -chosen_rows || token >= config.vocab_size) {
       return invalid_argument("token id {} is not in [0, {})", token, config.vocab_size);
     }
   }

@@ -24,8 +24,10 @@ Result<TransformerWeights> load_transformer_weights(
     const ModelConfig& config, const TensorNames& names, WeightSource& source, Kernels& kernels,
     const std::function<void(int64_t done_bytes, int64_t total_bytes)>& progress);
 
-/// invalid_argument: `batch` is not one that a model of this shape can compute.
-Status check_batch(const ModelConfig& config, int32_t max_model_len, const ForwardBatch& batch, const float* logits);
+/// invalid_argument: `batch` is not one that a model of this shape can compute. `chosen_rows`: how many tokens the step launched
+/// before chooses, for chosen_before().
+Status check_batch(const ModelConfig& config, int32_t max_model_len, const ForwardBatch& batch, const float* logits,
+                   int32_t chosen_rows = 0);
 
 /// The decoder that all our architectures are variants of. Pre-norm residual blocks:
 ///   x += o(attention(rope(norm(qkv(norm(x))))));  x += down(silu(gate(norm(x))) * up(norm(x)))

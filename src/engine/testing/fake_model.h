@@ -20,7 +20,7 @@ namespace baton::testing {
 /// history *read back through the block table*, in every layer. A wrong block, a missing transfer, a slot
 /// that was overwritten or reused: all give other tokens than the right ones. Equal histories give equal
 /// logits in any batch. Cheap: rows * positions * layers loads and `vocab_size` hashes per row of logits.
-class FakeModel final : public Model {
+class FakeModel : public Model {
  public:
   struct Options {
     int32_t vocab_size = 128;

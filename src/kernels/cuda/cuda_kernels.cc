@@ -106,11 +106,12 @@ class CudaKernelsImpl final : public CudaKernels {
     return prefill_->validate(heads, kv_heads, head_dim, block_tokens);
   }
 
-  Status embed(CUstream stream, const StepView& step, const bf16* table, int64_t hidden, float* x) override {
+  Status embed(CUstream stream, const StepView& step, const int32_t* chosen, const bf16* table, int64_t hidden,
+               float* x) override {
     BATON_CHECK(hidden > 0 && hidden % 8 == 0) << "hidden " << hidden;
     if (step.rows == 0) return Status();
     return launch(embed_, "embed", static_cast<unsigned>(step.rows), row_threads(hidden / 8, 256), 0, stream, step,
-                  raw(table), hidden, x);
+                  chosen, raw(table), hidden, x);
   }
 
   Status rms_norm(CUstream stream, const float* x, int64_t rows, int64_t hidden, const float* weight, float eps,

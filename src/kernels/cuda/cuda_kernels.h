@@ -57,8 +57,9 @@ class CudaKernels {
   /// What attention and qkv_rope_kv_write can work with.
   virtual Status validate_attention_shape(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_tokens) const = 0;
 
-  /// x[m, :] = table[tokens[m], :]; x float32.
-  virtual Status embed(CUstream stream, const StepView& step, const bf16* table, int64_t hidden, float* x) = 0;
+  /// x[m, :] = table[tokens[m], :]; x float32. A negative token t stands for chosen[-1 - t], what an earlier step on this stream
+  /// chose; zeros where that is negative, too, or `chosen` is null.
+  virtual Status embed(CUstream stream, const StepView& step, const int32_t* chosen, const bf16* table, int64_t hidden, float* x) = 0;
 
   /// out[m, :] = bf16(x[m, :] / rms(x[m, :]) * weight), x float32.
   virtual Status rms_norm(CUstream stream, const float* x, int64_t rows, int64_t hidden, const float* weight, float eps,

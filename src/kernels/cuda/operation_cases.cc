@@ -21,12 +21,19 @@ class EmbedCase final : public SimpleCase<float> {
     tokens_.resize(static_cast<size_t>(rows));
     for (int32_t& token : tokens_) token = static_cast<int32_t>(random.below(static_cast<uint64_t>(vocab)));
     if (rows > 2) tokens_[1] = -1;
+    // Every third row's token is one that an earlier step chose, from the last row on.
+    chosen_.assign(tokens_.rbegin(), tokens_.rend());
+    given_ = tokens_;
+    for (size_t m = 0; m < given_.size(); ++m) {
+      if (m % 3 == 0 || tokens_[m] < 0) given_[m] = -static_cast<int32_t>(given_.size() - m);
+    }
     bytes_ = rows * hidden * 6;
   }
   Status init() {
     Random random(12);
     BATON_ASSIGN_OR_RETURN(table_, Array<bf16>::random(gpu(), random, static_cast<size_t>(vocab_ * hidden_)));
-    BATON_ASSIGN_OR_RETURN(device_tokens_, Array<int32_t>::upload(gpu(), tokens_));
+    BATON_ASSIGN_OR_RETURN(device_tokens_, Array<int32_t>::upload(gpu(), given_));
+    BATON_ASSIGN_OR_RETURN(device_chosen_, Array<int32_t>::upload(gpu(), chosen_));
     BATON_ASSIGN_OR_RETURN(out_, Array<float>::allocate(gpu(), tokens_.size() * static_cast<size_t>(hidden_)));
     return Status();
   }
@@ -34,7 +41,7 @@ class EmbedCase final : public SimpleCase<float> {
     StepView step = {};
     step.tokens = device_tokens_.data();
     step.rows = static_cast<int32_t>(tokens_.size());
-    return kernels_.embed(stream, step, table_.data(), hidden_, out_.data());
+    return kernels_.embed(stream, step, device_chosen_.data(), table_.data(), hidden_, out_.data());
   }
 
  private:
@@ -52,9 +59,9 @@ class EmbedCase final : public SimpleCase<float> {
   }
 
   int64_t hidden_, vocab_;
-  std::vector<int32_t> tokens_;
+  std::vector<int32_t> tokens_, chosen_, given_;  // given_: what the step says, tokens_ or where in chosen_ they are
   Array<bf16> table_;
-  Array<int32_t> device_tokens_;
+  Array<int32_t> device_tokens_, device_chosen_;
 };
 
 class RmsNormCase final : public SimpleCase<bf16> {

@@ -34,13 +34,14 @@ constexpr int kRowVectors = 4;  // float4 of a row that a thread keeps
 
 }  // namespace
 
-extern "C" __global__ void baton_embed(StepView step, const uint16_t* table, int64_t hidden, float* x) {
+extern "C" __global__ void baton_embed(StepView step, const int32_t* chosen, const uint16_t* table, int64_t hidden, float* x) {
   wait_for_previous();
   let_next_begin();
-  const int32_t token = step.tokens[blockIdx.x];
+  int32_t token = step.tokens[blockIdx.x];
+  if (token < 0 && chosen != nullptr) token = chosen[-1 - token];
   float4* to = reinterpret_cast<float4*>(x + blockIdx.x * hidden);
   for (int64_t i = threadIdx.x; i < hidden / 8; i += blockDim.x) {
-    float v[8] = {};  // a row that is not used may have no token
+    float v[8] = {};  // a row that is not used may have no token, and one whose choice failed has none
     if (token >= 0) load_bf16x8(table + token * hidden + i * 8, v);
     to[2 * i] = make_float4(v[0], v[1], v[2], v[3]);
     to[2 * i + 1] = make_float4(v[4], v[5], v[6], v[7]);

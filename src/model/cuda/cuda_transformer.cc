@@ -61,6 +61,9 @@ Status CudaTransformer::init(const RopeTables& rope) {
   CurrentDevice current(*parts_.gpu);
   const cuda::Driver& cu = parts_.gpu->driver();
   BATON_RETURN_IF_ERROR(check(cu.stream_create(&stream_, cuda::kStreamNonBlocking, 0), "cuStreamCreate"));
+  for (Flight& flight : flights_) {
+    BATON_RETURN_IF_ERROR(check(cu.event_create(&flight.ended, cuda::kEventDisableTiming), "cuEventCreate"));
+  }
   events_ = std::make_shared<EventPool>(parts_.gpu);
   const size_t plane_bytes = static_cast<size_t>(parts_.max_model_len) * static_cast<size_t>(config_.head_dim / 2) * sizeof(float);
   BATON_ASSIGN_OR_RETURN(rope_, cuda::DeviceMemory::allocate(parts_.gpu, 2 * plane_bytes));
@@ -74,6 +77,9 @@ CudaTransformer::~CudaTransformer() {
   CurrentDevice current(*parts_.gpu);
   (void)parts_.gpu->driver().stream_synchronize(stream_);
   drop_graphs();
+  for (const Flight& flight : flights_) {
+    if (flight.ended != nullptr) (void)parts_.gpu->driver().event_destroy(flight.ended);
+  }
   (void)parts_.gpu->driver().stream_destroy(stream_);
 }
 
@@ -187,7 +193,9 @@ Status CudaTransformer::reserve(const StepCapacity& needed) {
   memory_ = std::move(memory).value();
   place_all();
   BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().memory_set(memory_.address(), 0, bytes), "cuMemset"));
-  BATON_ASSIGN_OR_RETURN(chosen_, cuda::PinnedMemory::allocate(parts_.gpu, static_cast<size_t>(logit_rows) * sizeof(int32_t)));
+  for (Flight& flight : flights_) {
+    BATON_ASSIGN_OR_RETURN(flight.fetched, cuda::PinnedMemory::allocate(parts_.gpu, static_cast<size_t>(logit_rows) * sizeof(int32_t)));
+  }
   now.edits = kMaxEdits;
   BATON_ASSIGN_OR_RETURN(mixed_step_, StepBuffer::create(parts_.gpu, now));
   const int64_t decode_rows = graph_rows(static_cast<int32_t>(std::min<int64_t>(now.sequences, kMaxGraphRows)));
@@ -256,23 +264,53 @@ Result<double> CudaTransformer::measure_read_bytes_per_s() {
 // -- A step. -----------------------------------------------------------------------------------------------------------
 
 Status CudaTransformer::forward(const ForwardBatch& batch, float* logits) {
-  BATON_RETURN_IF_ERROR(check_batch(config_, parts_.max_model_len, batch, logits));
+  BATON_CHECK(under_way_ == 0) << under_way_ << " steps are under way";
+  BATON_RETURN_IF_ERROR(launch(batch, logits));
+  return finish();
+}
+
+Status CudaTransformer::launch(const ForwardBatch& batch, float* logits) {
+  BATON_CHECK(under_way_ < kFlights) << under_way_ << " steps are under way";
+  const size_t chosen_rows = under_way_ == 0 ? 0 : flights_[(next_flight_ + kFlights - 1) % kFlights].chosen.size();
+  BATON_RETURN_IF_ERROR(check_batch(config_, parts_.max_model_len, batch, logits, static_cast<int32_t>(chosen_rows)));
   if (batch.block_tokens % 8 != 0) return invalid_argument("blocks of {} tokens; on a GPU it must be a multiple of 8", batch.block_tokens);
   CurrentDevice current(*parts_.gpu);
   const int32_t tile = parts_.kernels->prefill_tile_tokens(config_.heads, config_.kv_heads, config_.head_dim);
-  BATON_RETURN_IF_ERROR(reserve(StepBuffer::measure(batch, tile)));
+  const StepCapacity needed = StepBuffer::measure(batch, tile);
+  if (under_way_ > 0 && !capacity_.holds(needed)) {
+    return internal_error("a step of {} tokens in {} sequences is more than was prepared for, and another one is under way",
+                          needed.rows, needed.sequences);
+  }
+  BATON_RETURN_IF_ERROR(reserve(needed));
+  Flight& flight = flights_[next_flight_];
   Status done = is_decode(batch) ? decode_step(batch) : mixed_step(batch, tile);
-  if (done.ok()) done = fetch(batch, logits);
-  // What was launched before the failure may still write into blocks that the caller takes back now.
-  if (!done.ok()) (void)parts_.gpu->driver().stream_synchronize(stream_);
-  return done;
+  if (done.ok()) done = fetch(batch, logits, &flight);
+  if (!done.ok()) {
+    // What was launched before the failure may still write into blocks that the caller takes back now.
+    (void)parts_.gpu->driver().stream_synchronize(stream_);
+    return done;
+  }
+  next_flight_ = (next_flight_ + 1) % kFlights;
+  ++under_way_;
+  return {};
+}
+
+Status CudaTransformer::finish() {
+  BATON_CHECK(under_way_ > 0) << "nothing was launched";
+  const Flight& flight = flights_[(next_flight_ + kFlights - under_way_) % kFlights];
+  --under_way_;
+  CurrentDevice current(*parts_.gpu);
+  BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().event_synchronize(flight.ended), "a step on the GPU"));
+  const auto* fetched = reinterpret_cast<const int32_t*>(flight.fetched.data());
+  std::copy(fetched, fetched + flight.chosen.size(), flight.chosen.begin());
+  return {};
 }
 
 Status CudaTransformer::mixed_step(const ForwardBatch& batch, int32_t tile_tokens) {
   const StepPlan plan =
       mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile_tokens, parts_.batch_invariant);
   BATON_RETURN_IF_ERROR(mixed_step_.send(stream_));
-  return launch(plan, batch);
+  return compute(plan, batch);
 }
 
 bool CudaTransformer::is_decode(const ForwardBatch& batch) const {
@@ -282,31 +320,31 @@ bool CudaTransformer::is_decode(const ForwardBatch& batch) const {
 
 Status CudaTransformer::decode_step(const ForwardBatch& batch) {
   if (graphs_pool_ != batch.kv_pool || graphs_block_tokens_ != batch.block_tokens) {
+    BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().stream_synchronize(stream_), "a step on the GPU"));
     drop_graphs();
     graphs_pool_ = batch.kv_pool;
     graphs_block_tokens_ = batch.block_tokens;
   }
   const StepPlan plan = decode_step_.build(batch, graph_rows(static_cast<int32_t>(batch.tokens.size())), 1, false);
   BATON_RETURN_IF_ERROR(decode_step_.send(stream_));
-  BATON_ASSIGN_OR_RETURN(cuda::CUgraphExec exec, decode_graph(plan, batch));
-  return check(parts_.gpu->driver().graph_launch(exec, stream_), "cuGraphLaunch");
+  cuda::CUgraphExec& graph = graphs_[plan.step.rows];
+  if (graph != nullptr) return check(parts_.gpu->driver().graph_launch(graph, stream_), "cuGraphLaunch");
+  // The first one of its size outside of a graph: what is chosen and loaded at first use. It is captured for the next one.
+  BATON_RETURN_IF_ERROR(compute(plan, batch));
+  BATON_ASSIGN_OR_RETURN(graph, capture(plan, batch));
+  return {};
 }
 
-Result<cuda::CUgraphExec> CudaTransformer::decode_graph(const StepPlan& plan, const ForwardBatch& batch) {
-  cuda::CUgraphExec& graph = graphs_[plan.step.rows];
-  if (graph != nullptr) return graph;
+Result<cuda::CUgraphExec> CudaTransformer::capture(const StepPlan& plan, const ForwardBatch& batch) {
   const cuda::Driver& cu = parts_.gpu->driver();
-  // Everything once outside of the capture: what is chosen and loaded at first use.
-  BATON_RETURN_IF_ERROR(launch(plan, batch));
-  BATON_RETURN_IF_ERROR(check(cu.stream_synchronize(stream_), "a decode step"));
   BATON_RETURN_IF_ERROR(check(cu.capture_begin(stream_, cuda::kCaptureModeThreadLocal), "cuStreamBeginCapture"));
-  const Status launched = launch(plan, batch);
+  const Status launched = compute(plan, batch);
   cuda::CUgraph captured = nullptr;
+  cuda::CUgraphExec graph = nullptr;
   const Status ended = check(cu.capture_end(stream_, &captured), "cuStreamEndCapture");
   Status made = !launched.ok() ? launched : ended;
   if (made.ok()) made = check(cu.graph_instantiate(&graph, captured, 0), "cuGraphInstantiate");
   if (captured != nullptr) (void)cu.graph_destroy(captured);
-  if (!made.ok()) graph = nullptr;
   BATON_RETURN_IF_ERROR(made);
   return graph;
 }
@@ -362,7 +400,7 @@ Status CudaTransformer::head(const StepPlan& plan, const float* x) {
   return parts_.sampler->sample(stream_, work_.logits, rows, config_.vocab_size, plan.choices, plan.edits, work_.chosen);
 }
 
-Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) {
+Status CudaTransformer::compute(const StepPlan& plan, const ForwardBatch& batch) {
   cuda::CudaKernels& kernels = *parts_.kernels;
   const int64_t rows = plan.step.rows;
   const BlockLayout layout = this->layout(batch.block_tokens);
@@ -377,7 +415,7 @@ Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) 
   rope.rope_sin = cos + static_cast<size_t>(parts_.max_model_len) * static_cast<size_t>(config_.head_dim / 2);
 
   const CudaMatrix& table = parts_.weights.embed.data != nullptr ? parts_.weights.embed : parts_.weights.lm_head;
-  BATON_RETURN_IF_ERROR(kernels.embed(stream_, plan.step, table.data, config_.hidden_size, work_.x));
+  BATON_RETURN_IF_ERROR(kernels.embed(stream_, plan.step, work_.chosen, table.data, config_.hidden_size, work_.x));
   for (int32_t l = 0; l < config_.layers; ++l) {
     const CudaLayer& layer = parts_.weights.layers[static_cast<size_t>(l)];
     kv.k_offset_bytes = layout.layer_offset_bytes(l);
@@ -422,22 +460,19 @@ Status CudaTransformer::launch(const StepPlan& plan, const ForwardBatch& batch) 
   return head(plan, plan.keeps_all ? work_.x : work_.kept_x);
 }
 
-Status CudaTransformer::fetch(const ForwardBatch& batch, float* logits) {
+/// Queues what brings the results to the host, and the event behind it.
+Status CudaTransformer::fetch(const ForwardBatch& batch, float* logits, Flight* flight) {
   const cuda::Driver& cu = parts_.gpu->driver();
   const size_t count = batch.logit_rows.size();
+  flight->chosen = batch.chosen;
   if (count > 0 && batch.chosen.empty()) {
     const size_t bytes = count * static_cast<size_t>(config_.vocab_size) * sizeof(float);
     BATON_RETURN_IF_ERROR(check(cu.copy_async(address_of(logits), address_of(work_.logits), bytes, stream_), "fetching logits"));
   } else if (count > 0) {
-    BATON_RETURN_IF_ERROR(check(cu.copy_async(address_of(chosen_.data()), address_of(work_.chosen), count * sizeof(int32_t), stream_),
+    BATON_RETURN_IF_ERROR(check(cu.copy_async(flight->fetched.address(), address_of(work_.chosen), count * sizeof(int32_t), stream_),
                                 "fetching tokens"));
   }
-  BATON_RETURN_IF_ERROR(check(cu.stream_synchronize(stream_), "a step on the GPU"));
-  if (!batch.chosen.empty()) {
-    const auto* chosen = reinterpret_cast<const int32_t*>(chosen_.data());
-    std::copy(chosen, chosen + count, batch.chosen.begin());
-  }
-  return {};
+  return check(cu.event_record(flight->ended, stream_), "cuEventRecord");
 }
 
 // -- Loading. ----------------------------------------------------------------------------------------------------------

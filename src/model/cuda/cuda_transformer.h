@@ -1,7 +1,9 @@
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/cuda/cuda_kernels.h"
@@ -16,7 +18,8 @@
 namespace baton {
 
 /// The decoder of model/transformer.h on a GPU. A step of decoding alone is replayed as a CUDA graph, one for each size of
-/// batch (rounded up); every other step is launched as it comes. The host waits once a step, for the tokens or logits.
+/// batch (rounded up); every other step is launched as it comes. All steps are on one stream; two may be under way, and the second
+/// one then takes its tokens from where the first one puts them.
 class CudaTransformer final : public Model {
  public:
   struct Parts {
@@ -41,6 +44,9 @@ class CudaTransformer final : public Model {
   int32_t max_model_len() const override { return parts_.max_model_len; }
   Status forward(const ForwardBatch& batch, float* logits) override;
   bool can_choose(size_t edits) const override { return edits <= kMaxEdits; }
+  bool runs_ahead() const override { return true; }
+  Status launch(const ForwardBatch& batch, float* logits) override;
+  Status finish() override;
   std::string device_name() const override { return std::string(parts_.kernels->name()); }
   /// Of a copy inside the GPU, reading and writing together.
   Result<double> measure_read_bytes_per_s() override;
@@ -71,6 +77,14 @@ class CudaTransformer final : public Model {
     cuda::CUdeviceptr decode = 0;
   };
 
+  /// A step that was launched and not finished.
+  struct Flight {
+    cuda::CUevent ended = nullptr;
+    cuda::PinnedMemory fetched;  // [logit_rows] int32: what was chosen
+    std::span<int32_t> chosen;   // where that goes; empty: logits were asked for
+  };
+  static constexpr size_t kFlights = 2;
+
   explicit CudaTransformer(Parts parts) : parts_(std::move(parts)), config_(parts_.config) {}
   Status init(const RopeTables& rope);
   Status check(cuda::CUresult result, std::string_view call) const { return parts_.gpu->driver().check(result, call); }
@@ -80,15 +94,15 @@ class CudaTransformer final : public Model {
   bool is_decode(const ForwardBatch& batch) const;
   Status decode_step(const ForwardBatch& batch);
   Status mixed_step(const ForwardBatch& batch, int32_t tile_tokens);
-  Result<cuda::CUgraphExec> decode_graph(const StepPlan& plan, const ForwardBatch& batch);
-  Status launch(const StepPlan& plan, const ForwardBatch& batch);
+  Result<cuda::CUgraphExec> capture(const StepPlan& plan, const ForwardBatch& batch);
+  Status compute(const StepPlan& plan, const ForwardBatch& batch);
   Status attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv);
   /// y = bf16(norm(x)) W^T, in one kernel where there are few rows.
   Status normed_product(const float* x, int64_t rows, const CudaVector& norm, const CudaMatrix& weight, cuda::LinearOutput output, void* y);
   Status mlp(const CudaLayer& layer, float* x, int64_t rows);
   Status head(const StepPlan& plan, const float* x);
   Status product(const CudaMatrix& weight, int64_t rows, cuda::LinearOutput output, const bf16* x, void* y);
-  Status fetch(const ForwardBatch& batch, float* logits);
+  Status fetch(const ForwardBatch& batch, float* logits, Flight* flight);
   void drop_graphs();
 
   Parts parts_;
@@ -100,7 +114,8 @@ class CudaTransformer final : public Model {
   Workspace work_;
   StepCapacity capacity_;
   StepBuffer mixed_step_, decode_step_;
-  cuda::PinnedMemory chosen_;
+  std::array<Flight, kFlights> flights_;   // taken in turn
+  size_t next_flight_ = 0, under_way_ = 0;
   std::map<int32_t, cuda::CUgraphExec> graphs_;  // by rows
   const std::byte* graphs_pool_ = nullptr; // what they were made for
   int32_t graphs_block_tokens_ = 0;

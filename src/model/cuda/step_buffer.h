@@ -41,8 +41,9 @@ struct StepPlan {
   const cuda::SampleEdit* edits = nullptr;
 };
 
-/// A step's description, written by the host into page-locked memory and sent to the GPU in one copy. One thread; a step must have
-/// ended before the next one is built.
+/// A step's description, written by the host into page-locked memory and sent to the GPU in one copy. One thread. The host's memory
+/// is there twice: a step may be built and sent while the one before is under way, but not the one before that. All are sent on one
+/// stream: there is one place for them on the GPU.
 class StepBuffer {
  public:
   static Result<StepBuffer> create(std::shared_ptr<const cuda::Gpu> gpu, StepCapacity capacity);
@@ -60,17 +61,21 @@ class StepBuffer {
  private:
   template <typename T>
   struct Array {
-    T* host = nullptr;
+    size_t at = 0;  // bytes, in both memories
     const T* device = nullptr;
   };
+  template <typename T>
+  T* host(const Array<T>& array) const { return reinterpret_cast<T*>(host_.data() + half_ * bytes_ + array.at); }
   void build_choices(const ForwardBatch& batch, int32_t padded_rows);
   template <typename T>
   Array<T> array(size_t* at, int64_t count) const;
 
   std::shared_ptr<const cuda::Gpu> gpu_;
   StepCapacity capacity_;
-  cuda::PinnedMemory host_;
+  size_t bytes_ = 0;
+  cuda::PinnedMemory host_;  // [2][bytes_]
   cuda::DeviceMemory device_;
+  size_t half_ = 0;          // that the newest step was built in
   size_t table_begin_ = 0, used_bytes_ = 0, edits_begin_ = 0, edit_bytes_ = 0;
   Array<int32_t> tokens_, positions_, slots_, kept_rows_, kept_positions_, tables_;
   Array<cuda::SampleRow> choices_;
