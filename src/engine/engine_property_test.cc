@@ -92,11 +92,9 @@ std::vector<Request> unobserved(std::vector<Request> requests) {
 }
 
 /// `seed` 0: computes within forward(); else runs beside the host.
-std::unique_ptr<FakeModel> make_model(const std::vector<Request>& requests, uint64_t seed) {
+std::unique_ptr<FakeModel> make_model(uint64_t seed) {
   if (seed == 0) return std::make_unique<FakeModel>(model_options());
-  auto model = std::make_unique<AsyncFakeModel>(model_options(), seed);
-  for (const Request& request : requests) model->know_seed(request.sampling.seed, kMaxLen);
-  return model;
+  return std::make_unique<AsyncFakeModel>(model_options(), seed);
 }
 
 /// One at a time, from whole histories, with no engine at all but its sampler.
@@ -191,7 +189,7 @@ void run_all_settings(const std::vector<Request>& requests, uint64_t model_seed)
   const std::vector<Expected> expected = expectations(requests);
   for (const Setting& setting : kSettings) {
     Random random(7);
-    const std::unique_ptr<FakeModel> owned = make_model(requests, model_seed);
+    const std::unique_ptr<FakeModel> owned = make_model(model_seed);
     FakeModel& model = *owned;
     auto engine = make_engine(model, setting.config);
     ASSERT_EQ(engine->config().max_model_len, kMaxLen) << setting.name;
@@ -240,7 +238,7 @@ class Cluster {
   Cluster(const std::vector<Request>& requests, const std::vector<Expected>& expected, EngineConfig prefill,
           EngineConfig decode, const char* name, uint64_t seed, bool ahead)
       : requests_(requests), checker_(expected, name), decode_config_(decode), random_(seed), name_(name),
-        prefill_model_(make_model(requests, ahead ? seed : 0)), decode_model_(make_model(requests, ahead ? seed + 100 : 0)) {
+        prefill_model_(make_model(ahead ? seed : 0)), decode_model_(make_model(ahead ? seed + 100 : 0)) {
     prefill_ = make_engine(*prefill_model_, prefill);
     decode_ = make_engine(*decode_model_, decode);
     prefill_->set_layer_ready([this](const LayerReady& ready) { copy(ready); });

@@ -21,6 +21,17 @@ bool before(const T& a, const T& b) {
   return a.value != b.value ? a.value > b.value : a.token < b.token;
 }
 
+TokenChoice unedited_choice(const SamplingParams& params, int32_t index) {
+  TokenChoice out;
+  out.greedy = is_greedy(params);
+  out.uniform = sampling_uniform(params.seed, index);
+  out.temperature = params.temperature;
+  out.top_p = params.top_p;
+  out.min_p = params.min_p;
+  out.top_k = params.top_k;
+  return out;
+}
+
 }  // namespace
 
 bool is_greedy(const SamplingParams& params) { return params.temperature < kGreedyBelow; }
@@ -79,7 +90,7 @@ Result<SampledToken> Sampler::sample(std::span<float> logits, const SampleContex
   const bool possible = maximum > kMinusInfinity;
   if (possible) {
     sampled.token = is_greedy(params) ? first_equal(logits, maximum)
-                                                      : draw(logits, maximum, params, context.output_index);
+                                                      : draw(logits, maximum, unedited_choice(params, context.output_index));
   }
   for (size_t i = undo_.size(); i-- > 0;) logits[static_cast<size_t>(undo_[i].token)] = undo_[i].value;
   undo_.clear();
@@ -92,15 +103,23 @@ Result<SampledToken> Sampler::sample(std::span<float> logits, const SampleContex
   return sampled;
 }
 
+int32_t Sampler::choose(std::span<float> logits, const TokenChoice& choice, std::span<const LogitEdit> edits) {
+  for (const LogitEdit& edit : edits.subspan(static_cast<size_t>(choice.edit_begin), static_cast<size_t>(choice.edit_count))) {
+    float& logit = logits[static_cast<size_t>(edit.token)];
+    logit += edit.bias;
+    logit = logit > 0 ? logit / edit.repetition : logit * edit.repetition;
+    logit -= edit.frequency;
+    logit -= edit.presence;
+  }
+  if (!find_maxima(logits)) return kChosenNotFinite;
+  const float maximum = *std::ranges::max_element(maxima_);
+  if (maximum == kMinusInfinity) return kChosenNone;
+  return choice.greedy ? first_equal(logits, maximum) : draw(logits, maximum, choice);
+}
+
 TokenChoice Sampler::choice(const SampleContext& context, std::vector<LogitEdit>* edits) {
   const SamplingParams& params = *context.params;
-  TokenChoice out;
-  out.greedy = is_greedy(params);
-  out.uniform = sampling_uniform(params.seed, context.output_index);
-  out.temperature = params.temperature;
-  out.top_p = params.top_p;
-  out.min_p = params.min_p;
-  out.top_k = params.top_k;
+  TokenChoice out = unedited_choice(params, context.output_index);
   out.edit_begin = static_cast<int32_t>(edits->size());
   edit_of_.clear();
   const auto edit = [&](TokenId token) -> LogitEdit& {
@@ -212,19 +231,18 @@ double Sampler::weigh(std::span<const float> logits, float maximum, float scale)
   return total;
 }
 
-TokenId Sampler::draw(std::span<const float> logits, float maximum, const SamplingParams& params, int32_t index) {
-  const double uniform = sampling_uniform(params.seed, index);
-  const float scale = 1.0f / params.temperature;
-  const bool limited = params.top_k > 0 && static_cast<size_t>(params.top_k) < vocab_size_;
+TokenId Sampler::draw(std::span<const float> logits, float maximum, const TokenChoice& choice) {
+  const float scale = 1.0f / choice.temperature;
+  const bool limited = choice.top_k > 0 && static_cast<size_t>(choice.top_k) < vocab_size_;
 
   float threshold = kMinusInfinity;  // top_k keeps ties of the k-th, as vLLM does
-  if (limited) threshold = kth_logit(logits, static_cast<size_t>(params.top_k));
-  if (params.min_p > 0) threshold = std::max(threshold, maximum + params.temperature * std::log(params.min_p));
+  if (limited) threshold = kth_logit(logits, static_cast<size_t>(choice.top_k));
+  if (choice.min_p > 0) threshold = std::max(threshold, maximum + choice.temperature * std::log(choice.min_p));
 
   if (threshold == kMinusInfinity) {
     const double mass = weigh(logits, maximum, scale);
-    if (params.top_p < 1.0f) cut_to(static_cast<double>(params.top_p) * mass);
-    return draw_from_all(uniform);
+    if (choice.top_p < 1.0f) cut_to(static_cast<double>(choice.top_p) * mass);
+    return draw_from_all(choice.uniform);
   }
   collect(logits, threshold);
   double mass = 0;
@@ -233,11 +251,11 @@ TokenId Sampler::draw(std::span<const float> logits, float maximum, const Sampli
     mass += static_cast<double>(candidate.value);
   }
   Candidate last{.value = 0, .token = std::numeric_limits<TokenId>::max()};
-  if (params.top_p < 1.0f) {
+  if (choice.top_p < 1.0f) {
     selection_ = candidates_;
-    last = select_by_mass(selection_, 0, static_cast<double>(params.top_p) * mass);
+    last = select_by_mass(selection_, 0, static_cast<double>(choice.top_p) * mass);
   }
-  return draw_from_candidates(uniform, last);
+  return draw_from_candidates(choice.uniform, last);
 }
 
 /// Quickselect by mass. Of `candidates`, most likely first, the last one of the shortest prefix with a mass of at least

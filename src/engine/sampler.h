@@ -68,6 +68,8 @@ class Sampler {
 
   /// The same choice for a device that makes it: what sample() would change is appended to `edits`. Without logprobs.
   TokenChoice choice(const SampleContext& context, std::vector<LogitEdit>* edits);
+  /// What such a device does: a token, kChosenNone or kChosenNotFinite. `logits` [vocab_size] are left edited.
+  int32_t choose(std::span<float> logits, const TokenChoice& choice, std::span<const LogitEdit> edits);
 
   /// `logits` [vocab_size] are changed and put back. Errors: internal, when the model produced a NaN or an
   /// infinity; invalid_argument when nothing may be chosen (every token masked).
@@ -94,7 +96,7 @@ class Sampler {
   void collect(std::span<const float> logits, float threshold);
   void collect_at_least(std::span<const float> logits, size_t count);
   float kth_logit(std::span<const float> logits, size_t k);
-  TokenId draw(std::span<const float> logits, float maximum, const SamplingParams& params, int32_t index);
+  TokenId draw(std::span<const float> logits, float maximum, const TokenChoice& choice);
   TokenId draw_from_all(double uniform) const;
   TokenId draw_from_candidates(double uniform, const Candidate& last) const;
   static Candidate select_by_mass(std::span<Candidate> candidates, double passed, double target);

@@ -266,7 +266,9 @@ void WorkerCore::begin_drain() {
   load_urgent_ = true;
 }
 
-bool WorkerCore::drained() const { return decode_.requests() == 0 && prefill_.active() == 0; }
+bool WorkerCore::drained() const {
+  return decode_.requests() == 0 && prefill_.active() == 0 && !context_.engine.has_work();
+}
 
 void WorkerCore::drop_all() {
   prefill_.abort_all(unavailable("{} is shutting down", context_.config.name));

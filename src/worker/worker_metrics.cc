@@ -76,6 +76,8 @@ struct WorkerMetrics::Impl {
   Counter& prefix_query = counters("baton_worker_prefix_query_tokens_total", "Prompt tokens looked up.").Add({});
   Counter& prefix_hit = counters("baton_worker_prefix_hit_tokens_total", "Prompt tokens found in the cache.").Add({});
   Counter& steps = counters("baton_worker_steps_total", "Engine steps.").Add({});
+  Counter& steps_ahead =
+      counters("baton_worker_steps_ahead_total", "Engine steps that were launched before the step before had ended.").Add({});
   Counter& prefill_tokens = counters("baton_worker_prefill_tokens_total", "Prompt tokens computed.").Add({});
   Counter& decode_tokens = counters("baton_worker_decode_tokens_total", "Decode tokens computed.").Add({});
   Counter& preemptions = counters("baton_worker_preemptions_total", "Sequences recomputed for want of blocks.").Add({});
@@ -157,6 +159,7 @@ void WorkerMetrics::update(const EngineStats& stats, int64_t queued, int64_t qua
   raise_to(impl_->prefix_query, stats.prefix_query_tokens);
   raise_to(impl_->prefix_hit, stats.prefix_hit_tokens);
   raise_to(impl_->steps, stats.steps);
+  raise_to(impl_->steps_ahead, stats.steps_ahead);
   raise_to(impl_->prefill_tokens, stats.prefill_tokens);
   raise_to(impl_->decode_tokens, stats.decode_tokens);
   raise_to(impl_->preemptions, stats.preemptions);

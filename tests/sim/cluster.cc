@@ -65,7 +65,14 @@ SimWorker& Cluster::start(const std::string& name, protocol::Role role) {
   engine.max_model_len = options.max_model_len;
   engine.prefix_cache = options.prefix_cache;
   engine.max_running = 16;
-  worker.engine = Engine::create(engine, worker.model, clock).value();
+  if (options.runs_ahead) {
+    auto model = std::make_unique<testing::AsyncFakeModel>(testing::FakeModel::Options(), options.seed);
+    model->has_events = false;
+    worker.model = std::move(model);
+  } else {
+    worker.model = std::make_unique<testing::FakeModel>();
+  }
+  worker.engine = Engine::create(engine, *worker.model, clock).value();
   transfer::AgentConfig agent;
   agent.name = name;
   agent.manual_progress = true;

@@ -10,7 +10,7 @@
 #include "base/clock.h"
 #include "base/random.h"
 #include "engine/engine.h"
-#include "engine/testing/fake_model.h"
+#include "engine/testing/async_fake_model.h"
 #include "protocol/in_memory_network.h"
 #include "transfer/sim/sim_fabric.h"
 #include "worker/agent_transfer.h"
@@ -24,6 +24,7 @@ struct ClusterOptions {
   int32_t block_tokens = 4;
   int32_t max_batched_tokens = 32;
   int32_t max_model_len = 128;
+  bool runs_ahead = false;  ///< the workers' models run beside the host
   bool prefix_cache = true;
   int32_t local_prefill_tokens = 8;
   int64_t lease_ms = 300;
@@ -73,7 +74,7 @@ class SlowFence final : public worker::KvTransfer {
 struct SimWorker {
   std::string name;
   std::string address;
-  testing::FakeModel model;
+  std::unique_ptr<testing::FakeModel> model;
   std::unique_ptr<Engine> engine;
   std::unique_ptr<transfer::Agent> agent;
   std::unique_ptr<worker::AgentTransfer> agent_transfer;

@@ -233,6 +233,7 @@ std::string chaos(uint64_t seed) {
   Random random(seed);
   ClusterOptions options;
   options.seed = seed;
+  options.runs_ahead = seed % 2 == 0;
   options.kv_blocks = 48 + static_cast<int64_t>(random.below(80));
   options.prefix_cache = random.chance(0.7);
   options.max_message_delay_us = 1 << random.below(16);

@@ -1,9 +1,7 @@
 #pragma once
 
-#include <array>
-#include <map>
+#include <functional>
 #include <memory>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -23,11 +21,6 @@ class AsyncFakeModel final : public FakeModel {
 
   explicit AsyncFakeModel(Options options = {}, uint64_t seed = 1)
       : FakeModel(options), random_(seed), sampler_(options.vocab_size, options.eos_token_ids) {}
-
-  /// Draws of requests with this seed can be made: a TokenChoice has the draw, a Sampler wants the seed.
-  void know_seed(uint64_t seed, int32_t outputs) {
-    for (int32_t index = 0; index < outputs; ++index) draws_[sampling_uniform(seed, index)] = {seed, index};
-  }
 
   bool can_choose(size_t edits) const override { return chooses && edits <= 1000; }
   bool runs_ahead() const override { return true; }
@@ -54,12 +47,13 @@ class AsyncFakeModel final : public FakeModel {
     flight->logits = logits;
     flight->kv_pool = batch.kv_pool;
     flight->block_tokens = batch.block_tokens;
-    if (batch.layer_done) {
+    if (batch.layer_done && has_events) {
       for (int32_t layer = 0; layer < config().layers; ++layer) batch.layer_done(layer, flight->reached);
     }
-    if (!flights_.empty()) ++ahead;
+    const bool at_once = batch.layer_done && !has_events;
+    if (at_once) flight->layer_done = batch.layer_done;
     flights_.push_back(std::move(flight));
-    if (random_.chance(0.5)) run_all();
+    if (at_once || random_.chance(0.5)) run_all();
     return {};
   }
 
@@ -78,9 +72,9 @@ class AsyncFakeModel final : public FakeModel {
 
   size_t under_way() const { return flights_.size(); }
 
-  bool chooses = true;   ///< false: as a model that gives logits only
+  bool chooses = true;     ///< false: as a model that gives logits only
+  bool has_events = true;  ///< false: what layer_done announces is written
   Status fail_launch, fail_finish;  ///< returned, once, by the next
-  int64_t ahead = 0;     ///< steps launched while another one was under way
 
  private:
   struct Flight {
@@ -93,6 +87,7 @@ class AsyncFakeModel final : public FakeModel {
     float* logits = nullptr;
     std::byte* kv_pool = nullptr;
     int32_t block_tokens = 0;
+    std::function<void(int32_t, const std::shared_ptr<void>&)> layer_done;
     std::shared_ptr<Reached> reached = std::make_shared<Reached>(false);
     bool done = false;
   };
@@ -114,6 +109,7 @@ class AsyncFakeModel final : public FakeModel {
     batch.logit_rows = flight.logit_rows;
     batch.kv_pool = flight.kv_pool;
     batch.block_tokens = flight.block_tokens;
+    batch.layer_done = std::move(flight.layer_done);
     BATON_CHECK(forward(batch, scratch_.data()).ok());
     *flight.reached = true;
     if (flight.chosen_span.empty()) {
@@ -127,33 +123,11 @@ class AsyncFakeModel final : public FakeModel {
 
   int32_t choose(const Flight& flight, size_t row) {
     const auto vocab_size = static_cast<size_t>(config().vocab_size);
-    const std::span<float> logits(scratch_.data() + row * vocab_size, vocab_size);
-    const TokenChoice& choice = flight.choices[row];
-    for (int32_t i = choice.edit_begin; i < choice.edit_begin + choice.edit_count; ++i) {
-      const LogitEdit& edit = flight.edits[static_cast<size_t>(i)];
-      float& logit = logits[static_cast<size_t>(edit.token)];
-      logit += edit.bias;
-      logit = logit > 0 ? logit / edit.repetition : logit * edit.repetition;
-      logit -= edit.frequency;
-      logit -= edit.presence;
-    }
-    SamplingParams params;
-    params.temperature = choice.greedy ? 0.0f : choice.temperature;
-    params.top_p = choice.top_p;
-    params.min_p = choice.min_p;
-    params.top_k = choice.top_k;
-    int32_t index = 0;
-    if (!choice.greedy) std::tie(params.seed, index) = draws_.at(choice.uniform);
-    SampleContext context;
-    context.params = &params;
-    context.output_index = index;
-    const Result<SampledToken> sampled = sampler_.sample(logits, context);
-    return sampled.ok() ? sampled->token : kChosenNone;
+    return sampler_.choose({scratch_.data() + row * vocab_size, vocab_size}, flight.choices[row], flight.edits);
   }
 
   Random random_;
   Sampler sampler_;
-  std::map<double, std::pair<uint64_t, int32_t>> draws_;
   std::vector<std::unique_ptr<Flight>> flights_;
   std::vector<int32_t> last_chosen_;
   std::vector<float> scratch_;
