@@ -90,6 +90,9 @@ class Engine {
   /// a whole: failures are outputs of their requests, and only a lost device (StepOutput::device) ends the engine's life. First
   /// tokens of admit() are returned alone, at once: they don't wait for a computation.
   virtual StepOutput step() = 0;
+  /// How long step() may be left alone although has_work(): the device is busy, and what is submitted meanwhile joins the next step,
+  /// as it would if that were planned when the one under way ends. 0: call it now.
+  virtual int64_t spare_ns() const = 0;
 
   // -- Handoff, receiving side: the KV of the prompt comes from a peer. ------------------------------------
   struct Reservation {

@@ -319,6 +319,53 @@ TEST_F(Ahead, NothingLeftToChooseEndsTheRequest) {
   EXPECT_EQ(outputs[1].status.code(), StatusCode::kInvalidArgument);
 }
 
+TEST_F(Ahead, TheNextStepIsPlannedWhenThisOneIsNearlyDone) {
+  constexpr int64_t kStepNs = 8'000'000;
+  model.on_finish = [&] { clock.advance_ns(kStepNs); };
+  submit(make_request(1, tokens_from(0, 6), 30));
+  EXPECT_EQ(engine->spare_ns(), 0);
+  step();
+  EXPECT_EQ(engine->spare_ns(), 0) << "no decode was measured";
+  step();
+  step();
+  EXPECT_EQ(engine->spare_ns(), kStepNs / 4 * 3);
+  // What comes meanwhile is in the next step.
+  clock.advance_ns(kStepNs / 2);
+  EXPECT_EQ(engine->spare_ns(), kStepNs / 4);
+  submit(make_request(2, tokens_from(40, 6), 30));
+  EXPECT_EQ(engine->spare_ns(), kStepNs / 4);
+  clock.advance_ns(kStepNs / 4);
+  EXPECT_EQ(engine->spare_ns(), 0);
+  model.on_finish = [&] { clock.advance_ns(kStepNs / 4); };
+  step();
+  EXPECT_EQ(engine->spare_ns(), 0) << "a prefill, which lasts who knows how long";
+  const int64_t before = engine->stats().prefill_tokens;
+  step();
+  EXPECT_EQ(engine->stats().prefill_tokens - before, 6);
+  EXPECT_EQ(outputs[2].tokens.size(), 1u);
+  run();
+  EXPECT_EQ(outputs[2].tokens, expected(tokens_from(40, 6), 30));
+}
+
+TEST_F(Ahead, AnEstimateThatIsTooLongMendsItself) {
+  int64_t computing_ns = 8'000'000, rest_ns = computing_ns;
+  model.on_finish = [&] { clock.advance_ns(std::max<int64_t>(rest_ns, 0)); };
+  submit(make_request(1, tokens_from(0, 6), 60));
+  for (int i = 0; i < 4; ++i) step();
+  computing_ns = 2'000'000;  // faster by far, and the device is idle when the wait is over
+  int late = 0;
+  for (int i = 0; i < 30; ++i) {
+    const int64_t waited_ns = engine->spare_ns();
+    clock.advance_ns(waited_ns);
+    late += waited_ns > computing_ns;
+    rest_ns = computing_ns - waited_ns;
+    step();
+  }
+  EXPECT_GT(late, 0);
+  EXPECT_LT(late, 10);
+  run();
+}
+
 TEST_F(Ahead, TheEngineEndsAfterTheStepUnderWay) {
   submit(make_request(1, tokens_from(0, 6), 10));
   step();

@@ -36,6 +36,7 @@ class EngineImpl final : public Engine {
   bool has_work() const override;
   Deadline next_deadline() const override;
   StepOutput step() override;
+  int64_t spare_ns() const override;
 
   Result<Reservation> reserve(const Request& request) override;
   Status admit(RequestId id, TokenOutput first) override;
@@ -63,11 +64,17 @@ class EngineImpl final : public Engine {
   struct Step {
     std::vector<Work> work;
     int32_t rows = 0;
+    bool decodes = false;              // and nothing else
     bool chooses = false;              // the device chooses the tokens, else the logits come here
     std::vector<int32_t> chosen;       // [rows with logits]
     Status status;                     // of launching it
   };
   static constexpr size_t kMaxSteps = 2;
+  /// How long the last steps of decoding took.
+  struct DecodeTime {
+    int32_t rows = 0;
+    int64_t last_ns = 0, before_ns = 0;
+  };
 
   Status check_request(const Request& request) const;
   std::unique_ptr<Sequence> make_sequence(Request request);
@@ -142,6 +149,9 @@ class EngineImpl final : public Engine {
 
   std::array<Step, kMaxSteps> steps_;  // taken in turn
   size_t next_step_ = 0, under_way_ = 0;
+  int64_t step_began_ns_ = 0;        // of the oldest one under way: when it was planned, or the one before had ended
+  int64_t launch_ns_ = 0;            // what the last one cost that was launched ahead
+  DecodeTime decode_time_;
 
   // Scratch of a step.
   std::vector<RunningView> running_views_;

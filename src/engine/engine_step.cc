@@ -42,6 +42,7 @@ EngineImpl::~EngineImpl() {
 bool EngineImpl::launch_step() {
   if (running_.empty() && waiting_.empty()) return false;
   if (under_way_ > 0 && !may_run_ahead()) return false;
+  const int64_t begin_ns = clock_.now_ns();
   Step& step = steps_[next_step_];
   if (!plan_step(&step)) return false;
   build_batch(&step);
@@ -56,8 +57,14 @@ bool EngineImpl::launch_step() {
     ++sequence.awaited;
     sequence.awaited_row = work.logits;
   }
+  step.decodes = std::ranges::all_of(step.work, &Work::decode);
   ++totals_.steps;
-  if (under_way_ > 0) ++totals_.steps_ahead;
+  if (under_way_ > 0) {
+    ++totals_.steps_ahead;
+    launch_ns_ = clock_.now_ns() - begin_ns;
+  } else {
+    step_began_ns_ = begin_ns;
+  }
   next_step_ = (next_step_ + 1) % kMaxSteps;
   ++under_way_;
   return true;
@@ -69,6 +76,19 @@ bool EngineImpl::may_run_ahead() const {
   return std::ranges::none_of(running_, [&](const Sequence* sequence) {
     return sequence->awaited > 0 && has_penalties(sequence->sampling) && !ends_with_awaited(*sequence);
   });
+}
+
+/// Steps of decoding take as long as the ones before. An estimate that is too long mends itself: what is launched late is measured
+/// from the end of the wait that was too long, which is shorter than the estimate was.
+int64_t EngineImpl::spare_ns() const {
+  constexpr int64_t kLeastMarginNs = 400'000, kLeastNs = 50'000;  // threads wake up late
+  if (under_way_ != 1 || !pending_.empty() || running_.empty() || !newest_step().decodes || !may_run_ahead()) return 0;
+  const int32_t rows = newest_step().rows;
+  if (4 * std::abs(rows - decode_time_.rows) > rows) return 0;
+  const int64_t expected_ns = std::min(decode_time_.last_ns, decode_time_.before_ns);
+  const int64_t margin_ns = std::max(expected_ns / 4, kLeastMarginNs) + 2 * launch_ns_;
+  const int64_t left_ns = step_began_ns_ + expected_ns - margin_ns - clock_.now_ns();
+  return left_ns < kLeastNs ? 0 : left_ns;
 }
 
 bool EngineImpl::prefix_under_way(const Sequence& waiting, int64_t cached_tokens) const {
@@ -327,6 +347,9 @@ void EngineImpl::finish_step(StepOutput* out) {
   const Step& step = oldest_step();
   const Status status = step.status.ok() ? model_.finish() : step.status;
   --under_way_;
+  const int64_t ended_ns = clock_.now_ns();
+  const int64_t began_ns = std::exchange(step_began_ns_, ended_ns);
+  if (step.decodes) decode_time_ = {step.rows, ended_ns - began_ns, decode_time_.last_ns};
   if (status.code() == StatusCode::kUnavailable) {
     for (const Work& work : step.work) end_part(work.sequence);
     drop_steps();
@@ -352,6 +375,7 @@ void EngineImpl::finish_step(StepOutput* out) {
     publish(sequence);
     if (work.logits >= 0) sample(step, work, out);
   }
+  out->step_ns = clock_.now_ns() - began_ns;
 }
 
 /// Waits for what is under way and forgets it: every sequence is as it was before.

@@ -76,6 +76,7 @@ struct TokenOutput {
 /// What one engine step produced, for all requests in it.
 struct StepOutput {
   std::vector<TokenOutput> tokens;
+  int64_t step_ns = 0;  ///< what the step that these come from took, from the end of the one before if it was under way; 0: none
   /// Not ok: the device is lost. Nothing was computed and nothing will be; its requests are as they were before the step.
   Status device = {};
 };

@@ -34,16 +34,15 @@ void Mailbox::post(Event event) {
   not_empty_.notify_one();
 }
 
-std::vector<Event> Mailbox::take(int64_t timeout_ms) {
-  if (timeout_ms > 0) {
+std::vector<Event> Mailbox::take(int64_t timeout_ns) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(timeout_ns);
+  if (timeout_ns > 0) {
     const Clock& clock = SteadyClock::instance();
-    const int64_t awake_until_ns = std::min(awake_until_ns_.load(), clock.now_ns() + timeout_ms * 1'000'000);
+    const int64_t awake_until_ns = std::min(awake_until_ns_.load(), clock.now_ns() + timeout_ns);
     while (!ready_.load() && clock.now_ns() < awake_until_ns) std::this_thread::yield();
   }
   std::unique_lock lock(mutex_);
-  if (timeout_ms > 0) {
-    not_empty_.wait_for(lock, std::chrono::milliseconds(timeout_ms), [this] { return ready_.load(); });
-  }
+  if (timeout_ns > 0) not_empty_.wait_until(lock, until, [this] { return ready_.load(); });
   ready_.store(false);
   frame_bytes_ = 0;
   return std::exchange(events_, {});

@@ -121,7 +121,7 @@ class WorkerImpl final : public Worker {
     int64_t drain_end_ms = -1;
     bool dropped = false;
     for (;;) {
-      core_->run_once(mailbox_->take(core_->idle_ms()));
+      core_->run_once(mailbox_->take(core_->idle_ns()));
       if (!core_->device().ok()) {
         log_error("{}: the device is lost: {}", config_.name, core_->device().message());
         core_->disconnect();

@@ -14,6 +14,7 @@ namespace {
 /// Deadlines are looked at this often while any is running.
 constexpr int64_t kTickMs = 10;
 constexpr int64_t kIdleTickMs = 250;
+constexpr int64_t kMsNs = 1'000'000;
 }  // namespace
 
 WorkerCore::WorkerCore(CoreConfig config, Engine& engine, KvTransfer& transfer, protocol::Network& network,
@@ -34,21 +35,20 @@ void WorkerCore::run_once(std::vector<Event> events) {
   }
   if (context_.now_ms() - last_tick_ms_ >= kTickMs) tick();
   start_queued();
-  if (context_.engine.has_work()) step();
+  if (context_.engine.has_work() && context_.engine.spare_ns() == 0) step();
   if (!device_.ok()) return;
   decode_.flush();
   report_load();
 }
 
-int64_t WorkerCore::idle_ms() const {
-  if (context_.engine.has_work()) return 0;
+int64_t WorkerCore::idle_ns() const {
+  if (context_.engine.has_work()) return std::min(context_.engine.spare_ns(), kTickMs * kMsNs);
   bool timers = decode_.requests() > 0 || decode_.quarantined() > 0 || prefill_.active() > 0 || peers_.busy() ||
                 load_urgent_;
-  return timers ? kTickMs : kIdleTickMs;
+  return (timers ? kTickMs : kIdleTickMs) * kMsNs;
 }
 
 void WorkerCore::step() {
-  const int64_t begin_ns = context_.clock.now_ns();
   StepOutput output = context_.engine.step();
   if (!output.device.ok()) {
     device_ = output.device;
@@ -61,7 +61,7 @@ void WorkerCore::step() {
       log_debug("an output of request {}, which nobody waits for", static_cast<uint64_t>(token.request));
     }
   }
-  context_.metrics.step(static_cast<double>(context_.clock.now_ns() - begin_ns) * 1e-9, tokens);
+  context_.metrics.step(static_cast<double>(output.step_ns) * 1e-9, tokens);
 }
 
 void WorkerCore::start_queued() {

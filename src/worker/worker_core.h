@@ -40,7 +40,7 @@ class WorkerCore {
   /// Handles the events, then what time has brought, then runs at most one engine step and sends its outputs.
   void run_once(std::vector<Event> events);
   /// How long nothing needs to be done unless an event comes; 0: call run_once() again at once.
-  int64_t idle_ms() const;
+  int64_t idle_ns() const;
 
   /// Refuses new work from now on.
   void begin_drain();

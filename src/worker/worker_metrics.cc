@@ -122,7 +122,7 @@ void WorkerMetrics::transfer_failed(const std::string& peer, const std::string& 
   impl_->transfer_failures.Add({{"peer", peer}, {"transport", transport}}).Increment();
 }
 void WorkerMetrics::step(double seconds, int64_t outputs) {
-  impl_->step_time.Observe(seconds);
+  if (seconds > 0) impl_->step_time.Observe(seconds);
   impl_->outputs.Increment(static_cast<double>(outputs));
 }
 void WorkerMetrics::peer_ready(const std::string& peer, bool ready) {

@@ -39,6 +39,7 @@ class WorkerMetrics {
   /// Integrity mode: of the KV blocks here that prefill workers had checked, all so far, and those that were wrong.
   void checked(uint64_t blocks, uint64_t corrupt_blocks);
 
+  /// `seconds` 0: outputs without a step.
   void step(double seconds, int64_t outputs);
   void peer_ready(const std::string& peer, bool ready);
   void forget_peer(const std::string& peer);

@@ -172,7 +172,7 @@ bool Cluster::run_for(int64_t ms, const std::function<bool()>& done) {
     next_ns = std::min(next_ns, fabric_.next_event_ns());
     for (auto& [name, worker] : workers_) {
       if (worker->frozen) continue;
-      int64_t due_ns = std::max(worker->busy_until_ns, clock.now_ns() + worker->core->idle_ms() * 1'000'000);
+      int64_t due_ns = std::max(worker->busy_until_ns, clock.now_ns() + worker->core->idle_ns());
       next_ns = std::min(next_ns, due_ns);
     }
     next_ns = std::min(std::max(next_ns, clock.now_ns() + 100'000), end_ns);

@@ -61,6 +61,7 @@ class AsyncFakeModel final : public FakeModel {
     BATON_CHECK(!flights_.empty()) << "nothing is under way";
     const std::unique_ptr<Flight> flight = std::move(flights_.front());
     flights_.erase(flights_.begin());
+    if (on_finish) on_finish();
     if (!fail_finish.ok()) {
       last_chosen_.assign(flight->logit_rows.size(), kChosenNotFinite);
       return std::exchange(fail_finish, Status());
@@ -75,6 +76,7 @@ class AsyncFakeModel final : public FakeModel {
   bool chooses = true;     ///< false: as a model that gives logits only
   bool has_events = true;  ///< false: what layer_done announces is written
   Status fail_launch, fail_finish;  ///< returned, once, by the next
+  std::function<void()> on_finish;  ///< the host waits for a step
 
  private:
   struct Flight {
