@@ -12,7 +12,7 @@
 #include <mutex>
 
 #include "base/metrics.h"
-#include "engine/testing/fake_model.h"
+#include "engine/testing/async_fake_model.h"
 #include "protocol/baton.pb.h"
 #include "worker/convert.h"
 
@@ -298,6 +298,41 @@ TEST_F(WorkerTest, LocalRequestsAndCancel) {
   ASSERT_TRUE(router.wait_finished(1));
   EXPECT_EQ(router.output(1).finish, FinishReason::kCancelled);
   EXPECT_TRUE(router.wait_load([](const auto& load) { return load.blocks_total() == 256 && load.blocks_used() == 0; }));
+}
+
+TEST(WorkerOfADeviceThatRunsAhead, AnswersCancelsAndStopsWithAStepUnderWay) {
+  testing::AsyncFakeModel model;
+  model.on_finish = [] { std::this_thread::sleep_for(std::chrono::microseconds(500)); };
+  const std::unique_ptr<protocol::Network> network = protocol::make_grpc_network();
+  std::unique_ptr<Worker> worker = Worker::start(test_config("w", "shm"), model, *network).value();
+  TestRouter router(*network, worker->address());
+  SamplingParams sampling;
+  sampling.max_tokens = 24;
+  for (uint64_t request = 1; request <= 12; ++request) {
+    sampling.temperature = request % 2 ? 0.0f : 1.0f;
+    sampling.seed = request;
+    router.generate(request, make_prompt(20 + static_cast<int>(request) * 9, static_cast<int>(request)), sampling, {});
+  }
+  for (uint64_t request = 1; request <= 12; ++request) {
+    ASSERT_TRUE(router.wait_finished(request));
+    sampling.temperature = request % 2 ? 0.0f : 1.0f;
+    sampling.seed = request;
+    EXPECT_EQ(router.output(request).tokens,
+              expected_tokens(make_prompt(20 + static_cast<int>(request) * 9, static_cast<int>(request)), sampling));
+  }
+  sampling.max_tokens = 1900;
+  sampling.ignore_eos = true;
+  router.generate(13, make_prompt(100, 1), sampling, {});
+  ASSERT_TRUE(router.wait_tokens(13, 3));
+  router.cancel(13);
+  ASSERT_TRUE(router.wait_finished(13));
+  EXPECT_EQ(router.output(13).finish, FinishReason::kCancelled);
+  EXPECT_TRUE(router.wait_load([](const auto& load) { return load.blocks_total() == 256 && load.blocks_used() == 0; }));
+  router.generate(14, make_prompt(100, 1), sampling, {});
+  ASSERT_TRUE(router.wait_tokens(14, 3));
+  worker->stop(0);
+  worker.reset();
+  EXPECT_EQ(model.under_way(), 0u);
 }
 
 TEST_F(WorkerTest, BadRequestsAreAnsweredAndBadFramesEndTheChannel) {
