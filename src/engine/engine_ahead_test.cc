@@ -347,6 +347,24 @@ TEST_F(Ahead, TheNextStepIsPlannedWhenThisOneIsNearlyDone) {
   EXPECT_EQ(outputs[2].tokens, expected(tokens_from(40, 6), 30));
 }
 
+TEST_F(Ahead, APrefillSaysWhenItIsNearlyDone) {
+  model.mostly_done_chance = 0;
+  submit(make_request(1, tokens_from(0, 20), 3));
+  EXPECT_EQ(step(), 0u) << "it is launched, and there is time";
+  EXPECT_EQ(model.under_way(), 1u);
+  EXPECT_GT(engine->spare_ns(), 0);
+  submit(make_request(2, tokens_from(40, 20), 3));
+  model.mostly_done_chance = 1;
+  EXPECT_EQ(engine->spare_ns(), 0);
+  EXPECT_EQ(step(), 1u);
+  EXPECT_EQ(step(), 2u) << "the second one's prompt with the first one's second token";
+  model.mostly_done_chance = 0;
+  run();
+  EXPECT_EQ(outputs[1].tokens, expected(tokens_from(0, 20), 3));
+  EXPECT_EQ(outputs[2].tokens, expected(tokens_from(40, 20), 3));
+  EXPECT_EQ(engine->stats().steps, 4);
+}
+
 TEST_F(Ahead, AnEstimateThatIsTooLongMendsItself) {
   int64_t computing_ns = 8'000'000, rest_ns = computing_ns;
   model.on_finish = [&] { clock.advance_ns(std::max<int64_t>(rest_ns, 0)); };

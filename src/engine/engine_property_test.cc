@@ -94,7 +94,9 @@ std::vector<Request> unobserved(std::vector<Request> requests) {
 /// `seed` 0: computes within forward(); else runs beside the host.
 std::unique_ptr<FakeModel> make_model(uint64_t seed) {
   if (seed == 0) return std::make_unique<FakeModel>(model_options());
-  return std::make_unique<AsyncFakeModel>(model_options(), seed);
+  auto model = std::make_unique<AsyncFakeModel>(model_options(), seed);
+  model->mostly_done_chance = 0.5;
+  return model;
 }
 
 /// One at a time, from whole histories, with no engine at all but its sampler.

@@ -20,7 +20,12 @@ StepOutput EngineImpl::step() {
   }
   in_step_ = true;
   expire(&out);
+  const bool first = under_way_ == 0;
   while (under_way_ < kMaxSteps && launch_step()) {
+    if (first && spare_ns() > 0) {
+      in_step_ = false;
+      return out;
+    }
   }
   if (under_way_ > 0) finish_step(&out);
   // The logits of a big batch are memory that an idle worker should not hold.
@@ -78,11 +83,13 @@ bool EngineImpl::may_run_ahead() const {
   });
 }
 
-/// Steps of decoding take as long as the ones before. An estimate that is too long mends itself: what is launched late is measured
+/// A step with prefill in it says itself when it is nearly done. Steps of decoding take as long as the ones before; an estimate that is too long mends itself: what is launched late is measured
 /// from the end of the wait that was too long, which is shorter than the estimate was.
 int64_t EngineImpl::spare_ns() const {
   constexpr int64_t kLeastMarginNs = 400'000, kLeastNs = 50'000;  // threads wake up late
-  if (under_way_ != 1 || !pending_.empty() || running_.empty() || !newest_step().decodes || !may_run_ahead()) return 0;
+  constexpr int64_t kAskAgainNs = 100'000;
+  if (under_way_ != 1 || !pending_.empty() || running_.empty() || !may_run_ahead()) return 0;
+  if (!newest_step().decodes) return model_.mostly_done() ? 0 : kAskAgainNs;
   const int32_t rows = newest_step().rows;
   if (4 * std::abs(rows - decode_time_.rows) > rows) return 0;
   const int64_t expected_ns = std::min(decode_time_.last_ns, decode_time_.before_ns);

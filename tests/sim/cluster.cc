@@ -68,6 +68,7 @@ SimWorker& Cluster::start(const std::string& name, protocol::Role role) {
   if (options.runs_ahead) {
     auto model = std::make_unique<testing::AsyncFakeModel>(testing::FakeModel::Options(), options.seed);
     model->has_events = false;
+    model->mostly_done_chance = 0.5;
     worker.model = std::move(model);
   } else {
     worker.model = std::make_unique<testing::FakeModel>();

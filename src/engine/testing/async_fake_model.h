@@ -71,9 +71,12 @@ class AsyncFakeModel final : public FakeModel {
     return {};
   }
 
+  bool mostly_done() const override { return dice_.chance(mostly_done_chance); }
+
   size_t under_way() const { return flights_.size(); }
 
   bool chooses = true;     ///< false: as a model that gives logits only
+  double mostly_done_chance = 1;
   bool has_events = true;  ///< false: what layer_done announces is written
   Status fail_launch, fail_finish;  ///< returned, once, by the next
   std::function<void()> on_finish;  ///< the host waits for a step
@@ -129,6 +132,7 @@ class AsyncFakeModel final : public FakeModel {
   }
 
   Random random_;
+  mutable Random dice_{7};
   Sampler sampler_;
   std::vector<std::unique_ptr<Flight>> flights_;
   std::vector<int32_t> last_chosen_;

@@ -62,7 +62,9 @@ Status CudaTransformer::init(const RopeTables& rope) {
   const cuda::Driver& cu = parts_.gpu->driver();
   BATON_RETURN_IF_ERROR(check(cu.stream_create(&stream_, cuda::kStreamNonBlocking, 0), "cuStreamCreate"));
   for (Flight& flight : flights_) {
-    BATON_RETURN_IF_ERROR(check(cu.event_create(&flight.ended, cuda::kEventDisableTiming), "cuEventCreate"));
+    for (cuda::CUevent* event : {&flight.mostly_done, &flight.ended}) {
+      BATON_RETURN_IF_ERROR(check(cu.event_create(event, cuda::kEventDisableTiming), "cuEventCreate"));
+    }
   }
   events_ = std::make_shared<EventPool>(parts_.gpu);
   const size_t plane_bytes = static_cast<size_t>(parts_.max_model_len) * static_cast<size_t>(config_.head_dim / 2) * sizeof(float);
@@ -78,7 +80,9 @@ CudaTransformer::~CudaTransformer() {
   (void)parts_.gpu->driver().stream_synchronize(stream_);
   drop_graphs();
   for (const Flight& flight : flights_) {
-    if (flight.ended != nullptr) (void)parts_.gpu->driver().event_destroy(flight.ended);
+    for (cuda::CUevent event : {flight.mostly_done, flight.ended}) {
+      if (event != nullptr) (void)parts_.gpu->driver().event_destroy(event);
+    }
   }
   (void)parts_.gpu->driver().stream_destroy(stream_);
 }
@@ -283,7 +287,8 @@ Status CudaTransformer::launch(const ForwardBatch& batch, float* logits) {
   }
   BATON_RETURN_IF_ERROR(reserve(needed));
   Flight& flight = flights_[next_flight_];
-  Status done = is_decode(batch) ? decode_step(batch) : mixed_step(batch, tile);
+  flight.marked = false;
+  Status done = is_decode(batch) ? decode_step(batch) : mixed_step(batch, tile, &flight);
   if (done.ok()) done = fetch(batch, logits, &flight);
   if (!done.ok()) {
     // What was launched before the failure may still write into blocks that the caller takes back now.
@@ -306,11 +311,19 @@ Status CudaTransformer::finish() {
   return {};
 }
 
-Status CudaTransformer::mixed_step(const ForwardBatch& batch, int32_t tile_tokens) {
+bool CudaTransformer::mostly_done() const {
+  const Flight& newest = flights_[(next_flight_ + kFlights - 1) % kFlights];
+  if (under_way_ == 0 || !newest.marked) return true;
+  CurrentDevice current(*parts_.gpu);
+  return parts_.gpu->driver().event_query(newest.mostly_done) != cuda::kNotReady;
+}
+
+Status CudaTransformer::mixed_step(const ForwardBatch& batch, int32_t tile_tokens, Flight* flight) {
   const StepPlan plan =
       mixed_step_.build(batch, static_cast<int32_t>(batch.tokens.size()), tile_tokens, parts_.batch_invariant);
   BATON_RETURN_IF_ERROR(mixed_step_.send(stream_));
-  return compute(plan, batch);
+  flight->marked = true;
+  return compute(plan, batch, flight->mostly_done);
 }
 
 bool CudaTransformer::is_decode(const ForwardBatch& batch) const {
@@ -330,7 +343,7 @@ Status CudaTransformer::decode_step(const ForwardBatch& batch) {
   cuda::CUgraphExec& graph = graphs_[plan.step.rows];
   if (graph != nullptr) return check(parts_.gpu->driver().graph_launch(graph, stream_), "cuGraphLaunch");
   // The first one of its size outside of a graph: what is chosen and loaded at first use. It is captured for the next one.
-  BATON_RETURN_IF_ERROR(compute(plan, batch));
+  BATON_RETURN_IF_ERROR(compute(plan, batch, nullptr));
   BATON_ASSIGN_OR_RETURN(graph, capture(plan, batch));
   return {};
 }
@@ -338,7 +351,7 @@ Status CudaTransformer::decode_step(const ForwardBatch& batch) {
 Result<cuda::CUgraphExec> CudaTransformer::capture(const StepPlan& plan, const ForwardBatch& batch) {
   const cuda::Driver& cu = parts_.gpu->driver();
   BATON_RETURN_IF_ERROR(check(cu.capture_begin(stream_, cuda::kCaptureModeThreadLocal), "cuStreamBeginCapture"));
-  const Status launched = compute(plan, batch);
+  const Status launched = compute(plan, batch, nullptr);
   cuda::CUgraph captured = nullptr;
   cuda::CUgraphExec graph = nullptr;
   const Status ended = check(cu.capture_end(stream_, &captured), "cuStreamEndCapture");
@@ -400,7 +413,7 @@ Status CudaTransformer::head(const StepPlan& plan, const float* x) {
   return parts_.sampler->sample(stream_, work_.logits, rows, config_.vocab_size, plan.choices, plan.edits, work_.chosen);
 }
 
-Status CudaTransformer::compute(const StepPlan& plan, const ForwardBatch& batch) {
+Status CudaTransformer::compute(const StepPlan& plan, const ForwardBatch& batch, cuda::CUevent mark) {
   cuda::CudaKernels& kernels = *parts_.kernels;
   const int64_t rows = plan.step.rows;
   const BlockLayout layout = this->layout(batch.block_tokens);
@@ -418,6 +431,9 @@ Status CudaTransformer::compute(const StepPlan& plan, const ForwardBatch& batch)
   BATON_RETURN_IF_ERROR(kernels.embed(stream_, plan.step, work_.chosen, table.data, config_.hidden_size, work_.x));
   for (int32_t l = 0; l < config_.layers; ++l) {
     const CudaLayer& layer = parts_.weights.layers[static_cast<size_t>(l)];
+    if (mark != nullptr && l == config_.layers * 3 / 4) {
+      BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().event_record(mark, stream_), "cuEventRecord"));
+    }
     kv.k_offset_bytes = layout.layer_offset_bytes(l);
     kv.v_offset_bytes = kv.k_offset_bytes + layout.plane_bytes();
     BATON_RETURN_IF_ERROR(normed_product(work_.x, rows, layer.input_norm, layer.qkv.weight, LinearOutput::kBf16, work_.qkv));

@@ -47,6 +47,7 @@ class CudaTransformer final : public Model {
   bool runs_ahead() const override { return true; }
   Status launch(const ForwardBatch& batch, float* logits) override;
   Status finish() override;
+  bool mostly_done() const override;
   std::string device_name() const override { return std::string(parts_.kernels->name()); }
   /// Of a copy inside the GPU, reading and writing together.
   Result<double> measure_read_bytes_per_s() override;
@@ -79,7 +80,8 @@ class CudaTransformer final : public Model {
 
   /// A step that was launched and not finished.
   struct Flight {
-    cuda::CUevent ended = nullptr;
+    cuda::CUevent mostly_done = nullptr, ended = nullptr;
+    bool marked = false;         // it has recorded mostly_done
     cuda::PinnedMemory fetched;  // [logit_rows] int32: what was chosen
     std::span<int32_t> chosen;   // where that goes; empty: logits were asked for
   };
@@ -93,9 +95,10 @@ class CudaTransformer final : public Model {
   Status tune_large_steps();
   bool is_decode(const ForwardBatch& batch) const;
   Status decode_step(const ForwardBatch& batch);
-  Status mixed_step(const ForwardBatch& batch, int32_t tile_tokens);
+  Status mixed_step(const ForwardBatch& batch, int32_t tile_tokens, Flight* flight);
   Result<cuda::CUgraphExec> capture(const StepPlan& plan, const ForwardBatch& batch);
-  Status compute(const StepPlan& plan, const ForwardBatch& batch);
+  /// `mark`: recorded when three quarters are done; may be null.
+  Status compute(const StepPlan& plan, const ForwardBatch& batch, cuda::CUevent mark);
   Status attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv);
   /// y = bf16(norm(x)) W^T, in one kernel where there are few rows.
   Status normed_product(const float* x, int64_t rows, const CudaVector& norm, const CudaMatrix& weight, cuda::LinearOutput output, void* y);
