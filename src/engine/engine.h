@@ -85,8 +85,8 @@ class Engine {
   virtual bool has_work() const = 0;
   /// The earliest deadline of a waiting or running request: when it passes, has_work() is true.
   virtual Deadline next_deadline() const = 0;
-  /// Schedules, computes and samples once. Where the model runs ahead it returns with the next step under way, and sooner, without the
-  /// tokens of the first one, when spare_ns() says that there is time: what is done until the next call costs the device nothing. Never fails as
+  /// Schedules, computes and samples once. Where the model runs ahead it returns with the next step under way, and what is done until
+  /// the next call costs the device nothing; when nothing was under way it launches a step and returns without tokens. Never fails as
   /// a whole: failures are outputs of their requests, and only a lost device (StepOutput::device) ends the engine's life. First
   /// tokens of admit() are returned alone, at once: they don't wait for a computation.
   virtual StepOutput step() = 0;

@@ -22,7 +22,7 @@ StepOutput EngineImpl::step() {
   expire(&out);
   const bool first = under_way_ == 0;
   while (under_way_ < kMaxSteps && launch_step()) {
-    if (first && spare_ns() > 0) {
+    if (first && may_run_ahead()) {  // what came while it was launched belongs into the next one
       in_step_ = false;
       return out;
     }
@@ -87,7 +87,7 @@ bool EngineImpl::may_run_ahead() const {
 /// from the end of the wait that was too long, which is shorter than the estimate was.
 int64_t EngineImpl::spare_ns() const {
   constexpr int64_t kLeastMarginNs = 400'000, kLeastNs = 50'000;  // threads wake up late
-  constexpr int64_t kAskAgainNs = 100'000;
+  constexpr int64_t kAskAgainNs = 50'000;
   if (under_way_ != 1 || !pending_.empty() || running_.empty() || !may_run_ahead()) return 0;
   if (!newest_step().decodes) return model_.mostly_done() ? 0 : kAskAgainNs;
   const int32_t rows = newest_step().rows;
