@@ -150,7 +150,6 @@ class EngineImpl final : public Engine {
   std::array<Step, kMaxSteps> steps_;  // taken in turn
   size_t next_step_ = 0, under_way_ = 0;
   int64_t step_began_ns_ = 0;        // of the oldest one under way: when it was planned, or the one before had ended
-  int64_t launch_ns_ = 0;            // what the last one cost that was launched ahead
   DecodeTime decode_time_;
 
   // Scratch of a step.

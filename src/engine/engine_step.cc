@@ -66,7 +66,6 @@ bool EngineImpl::launch_step() {
   ++totals_.steps;
   if (under_way_ > 0) {
     ++totals_.steps_ahead;
-    launch_ns_ = clock_.now_ns() - begin_ns;
   } else {
     step_began_ns_ = begin_ns;
   }
@@ -83,17 +82,16 @@ bool EngineImpl::may_run_ahead() const {
   });
 }
 
-/// A step with prefill in it says itself when it is nearly done. Steps of decoding take as long as the ones before; an estimate that is too long mends itself: what is launched late is measured
-/// from the end of the wait that was too long, which is shorter than the estimate was.
+/// A step with prefill in it says itself when it is nearly done. One of decoding takes at least as long as the last ones, in
+/// proportion where it has fewer rows.
 int64_t EngineImpl::spare_ns() const {
-  constexpr int64_t kLeastMarginNs = 400'000, kLeastNs = 50'000;  // threads wake up late
+  constexpr int64_t kLeastMarginNs = 300'000, kLeastNs = 50'000;  // threads wake up late
   constexpr int64_t kAskAgainNs = 50'000;
   if (under_way_ != 1 || !pending_.empty() || running_.empty() || !may_run_ahead()) return 0;
   if (!newest_step().decodes) return model_.mostly_done() ? 0 : kAskAgainNs;
-  const int32_t rows = newest_step().rows;
-  if (4 * std::abs(rows - decode_time_.rows) > rows) return 0;
-  const int64_t expected_ns = std::min(decode_time_.last_ns, decode_time_.before_ns);
-  const int64_t margin_ns = std::max(expected_ns / 4, kLeastMarginNs) + 2 * launch_ns_;
+  int64_t expected_ns = std::min(decode_time_.last_ns, decode_time_.before_ns);
+  if (newest_step().rows < decode_time_.rows) expected_ns = expected_ns * newest_step().rows / decode_time_.rows;
+  const int64_t margin_ns = std::max(expected_ns / 16, kLeastMarginNs);
   const int64_t left_ns = step_began_ns_ + expected_ns - margin_ns - clock_.now_ns();
   return left_ns < kLeastNs ? 0 : left_ns;
 }
@@ -352,11 +350,18 @@ SampleContext EngineImpl::sample_context(Sequence& sequence, int32_t output_inde
 
 void EngineImpl::finish_step(StepOutput* out) {
   const Step& step = oldest_step();
+  const int64_t wait_begin_ns = clock_.now_ns();
   const Status status = step.status.ok() ? model_.finish() : step.status;
   --under_way_;
   const int64_t ended_ns = clock_.now_ns();
   const int64_t began_ns = std::exchange(step_began_ns_, ended_ns);
-  if (step.decodes) decode_time_ = {step.rows, ended_ns - began_ns, decode_time_.last_ns};
+  // Where there was nothing to wait for it had ended who knows when: the estimate was too long, or prefill took long to launch.
+  constexpr int64_t kNoWaitNs = 20'000;
+  const bool waited = ended_ns - wait_begin_ns >= kNoWaitNs;
+  if (step.decodes && (waited || newest_step().decodes)) {
+    const int64_t took_ns = ended_ns - began_ns;
+    decode_time_ = {step.rows, waited ? took_ns : took_ns / 2, decode_time_.last_ns};
+  }
   if (status.code() == StatusCode::kUnavailable) {
     for (const Work& work : step.work) end_part(work.sequence);
     drop_steps();

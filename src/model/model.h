@@ -86,7 +86,7 @@ class Model {
   virtual bool runs_ahead() const { return false; }
   virtual Status launch(const ForwardBatch& batch, float* logits) { return forward(batch, logits); }
   virtual Status finish() { return {}; }
-  /// False while the larger part of the newest step is still to come. A step of decoding does not say: true.
+  /// False while more than an eighth of the newest step is still to come. A step of decoding does not say: true.
   virtual bool mostly_done() const { return true; }
   /// For people: "cuda/sm_90 (NVIDIA H200)"; empty on the CPU, whose kernels have a name of their own.
   virtual std::string device_name() const { return {}; }

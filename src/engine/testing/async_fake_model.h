@@ -14,7 +14,7 @@ namespace baton::testing {
 /// A FakeModel on a device that runs beside the host. A step reads and writes the pool at launch or, as dice say, as late as
 /// finish(): a block that is given to somebody else while a step still has it gives wrong tokens to one of them. It chooses tokens
 /// itself, as the engine's Sampler would.
-class AsyncFakeModel final : public FakeModel {
+class AsyncFakeModel : public FakeModel {
  public:
   /// What layer_done passes on: the layer is written once this is true.
   using Reached = bool;

@@ -431,7 +431,7 @@ Status CudaTransformer::compute(const StepPlan& plan, const ForwardBatch& batch,
   BATON_RETURN_IF_ERROR(kernels.embed(stream_, plan.step, work_.chosen, table.data, config_.hidden_size, work_.x));
   for (int32_t l = 0; l < config_.layers; ++l) {
     const CudaLayer& layer = parts_.weights.layers[static_cast<size_t>(l)];
-    if (mark != nullptr && l == config_.layers * 3 / 4) {
+    if (mark != nullptr && l == config_.layers * 7 / 8) {
       BATON_RETURN_IF_ERROR(check(parts_.gpu->driver().event_record(mark, stream_), "cuEventRecord"));
     }
     kv.k_offset_bytes = layout.layer_offset_bytes(l);

@@ -97,7 +97,7 @@ class CudaTransformer final : public Model {
   Status decode_step(const ForwardBatch& batch);
   Status mixed_step(const ForwardBatch& batch, int32_t tile_tokens, Flight* flight);
   Result<cuda::CUgraphExec> capture(const StepPlan& plan, const ForwardBatch& batch);
-  /// `mark`: recorded when three quarters are done; may be null.
+  /// `mark`: recorded when seven eighths are done; may be null.
   Status compute(const StepPlan& plan, const ForwardBatch& batch, cuda::CUevent mark);
   Status attend(const StepPlan& plan, const cuda::Attention& args, const cuda::DeviceKv& kv);
   /// y = bf16(norm(x)) W^T, in one kernel where there are few rows.
