@@ -34,15 +34,20 @@ void Mailbox::post(Event event) {
   not_empty_.notify_one();
 }
 
-std::vector<Event> Mailbox::take(int64_t timeout_ns) {
-  const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(timeout_ns);
-  if (timeout_ns > 0) {
-    const Clock& clock = SteadyClock::instance();
-    const int64_t awake_until_ns = std::min(awake_until_ns_.load(), clock.now_ns() + timeout_ns);
-    while (!ready_.load() && clock.now_ns() < awake_until_ns) std::this_thread::yield();
+std::vector<Event> Mailbox::take(int64_t timeout_ns, int64_t awake_ns) {
+  const Clock& clock = SteadyClock::instance();
+  const auto poll_until = [&](int64_t end_ns) {
+    while (!ready_.load() && clock.now_ns() < end_ns) std::this_thread::yield();
+  };
+  const int64_t begin_ns = timeout_ns > 0 ? clock.now_ns() : 0, end_ns = begin_ns + timeout_ns;
+  if (timeout_ns > 0) poll_until(std::min(awake_until_ns_.load(), end_ns));
+  if (timeout_ns > awake_ns) {
+    std::unique_lock lock(mutex_);
+    const auto sleep_until = std::chrono::steady_clock::time_point(std::chrono::nanoseconds(end_ns - awake_ns));
+    not_empty_.wait_until(lock, sleep_until, [this] { return ready_.load(); });
   }
-  std::unique_lock lock(mutex_);
-  if (timeout_ns > 0) not_empty_.wait_until(lock, until, [this] { return ready_.load(); });
+  if (timeout_ns > 0 && awake_ns > 0) poll_until(end_ns);
+  std::lock_guard lock(mutex_);
   ready_.store(false);
   frame_bytes_ = 0;
   return std::exchange(events_, {});

@@ -52,8 +52,9 @@ class Mailbox {
   /// False when too many bytes wait: the sender floods us and its channel should be closed.
   [[nodiscard]] bool post_frame(std::shared_ptr<protocol::Channel> channel, protocol::Frame frame);
   void post(Event event);
-  /// Takes everything, in order; waits up to `timeout_ns` (0: not at all) when there is nothing.
-  std::vector<Event> take(int64_t timeout_ns);
+  /// Takes everything, in order; waits up to `timeout_ns` (0: not at all) when there is nothing. The last `awake_ns` of
+  /// that it polls: who sleeps wakes up late.
+  std::vector<Event> take(int64_t timeout_ns, int64_t awake_ns = 0);
   /// Ends one wait.
   void wake();
   /// Nobody takes any more: drops what there is and all that comes.

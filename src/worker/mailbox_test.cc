@@ -63,5 +63,16 @@ TEST(Mailbox, TakerIsAwakeFromAHeadsUpToTheNextFrame) {
   transfer.join();
 }
 
+TEST(Mailbox, TheLastPartOfAWaitIsSpentAwake) {
+  Mailbox mailbox(1000);
+  EXPECT_TRUE(mailbox.take(2'000'000, 1'000'000).empty());
+  EXPECT_TRUE(mailbox.take(1'000'000, 5'000'000).empty()) << "all of it";
+  for (const int64_t awake_ns : {int64_t{0}, int64_t{50'000'000'000}, int64_t{200'000'000'000}}) {
+    std::thread transfer([&] { mailbox.post(InboxComplete{4}); });
+    EXPECT_EQ(mailbox.take(100'000'000'000, awake_ns).size(), 1u);
+    transfer.join();
+  }
+}
+
 }  // namespace
 }  // namespace baton::worker

@@ -121,7 +121,9 @@ class WorkerImpl final : public Worker {
     int64_t drain_end_ms = -1;
     bool dropped = false;
     for (;;) {
-      core_->run_once(mailbox_->take(core_->idle_ns()));
+      // What waits for a GPU's step to be nearly done must not oversleep.
+      constexpr int64_t kAwakeNs = 500'000;
+      core_->run_once(mailbox_->take(core_->idle_ns(), core_->device_busy() ? kAwakeNs : 0));
       if (!core_->device().ok()) {
         log_error("{}: the device is lost: {}", config_.name, core_->device().message());
         core_->disconnect();

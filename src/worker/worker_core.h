@@ -41,6 +41,8 @@ class WorkerCore {
   void run_once(std::vector<Event> events);
   /// How long nothing needs to be done unless an event comes; 0: call run_once() again at once.
   int64_t idle_ns() const;
+  /// That time is all that a device needs to be nearly done.
+  bool device_busy() const { return context_.engine.has_work(); }
 
   /// Refuses new work from now on.
   void begin_drain();
