@@ -26,7 +26,7 @@ Result<std::unique_ptr<Inbound>> Inbound::create(std::unique_ptr<Worker> worker,
 }
 
 Inbound::~Inbound() {
-  if (connected_ || worker_ == nullptr) return;
+  if (connected_ || worker_ == nullptr || worker_->context().library().ends_handshakes) return;
   log_warning("transfer: '{}' left before it was connected; what UCX holds for it (about 1 MiB) stays", name_);
   Worker::keep_for_good(std::move(worker_));
 }

@@ -16,7 +16,7 @@ namespace baton::transfer::ucx {
 /// open when it connected, and remembers what to confirm. Nothing outside of those pools is written, whatever a
 /// header says. Destroying it ends everything that comes from that writer.
 ///
-/// A writer that is gone before its first message came leaves UCX with a handshake that it cannot answer, and UCX 1.13
+/// A writer that is gone before its first message came leaves UCX with a handshake that it cannot answer, and UCX before 1.18
 /// aborts when such a worker is destroyed or driven on. It is then left as it is, for good: undriven it touches nothing.
 class Inbound {
  public:

@@ -4,10 +4,16 @@
 
 #include <array>
 #include <csignal>
+#include <cstdlib>
 #include <cstring>
+#include <utility>
+
+#include "base/log.h"
 
 namespace baton::transfer::ucx {
 namespace {
+
+constexpr std::pair<unsigned, unsigned> kFirstSound = {1, 18};
 
 /// libucs takes SIGSEGV and others for its own backtraces as soon as it is loaded. They belong to the program.
 class SignalKeeper {
@@ -39,6 +45,7 @@ Result<Library> load_once() {
   void* handle = nullptr;
   {
     SignalKeeper keeper;
+    (void)::setenv("UCX_LOG_FILE", "stderr", /*overwrite=*/0);
     handle = ::dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   }
   if (handle == nullptr) {
@@ -50,6 +57,15 @@ Result<Library> load_once() {
   if (library.name == nullptr) return unavailable("libucp.so.0 has no {}: too old", #name);
   BATON_UCX_FUNCTIONS(BATON_UCX_FIND)
 #undef BATON_UCX_FIND
+  unsigned major = 0, minor = 0, release = 0;
+  library.ucp_get_version(&major, &minor, &release);
+  library.ends_handshakes = std::pair(major, minor) >= kFirstSound;
+  if (library.ends_handshakes) {
+    library.tcp_prefix = "TCP_";
+  } else {
+    log_warning("transfer: UCX {}.{} aborts when a writer dies while it connects; {}.{} does not", major, minor,
+                kFirstSound.first, kFirstSound.second);
+  }
   return library;
 }
 

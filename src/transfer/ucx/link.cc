@@ -49,7 +49,7 @@ Status UcxLink::open(const Welcome& welcome, std::unique_ptr<Worker> own, Worker
 
 void UcxLink::shut() {
   if (worker_ == nullptr) return;
-  if (own_worker_ && endpoint_ != nullptr && !connected()) {
+  if (own_worker_ && endpoint_ != nullptr && !connected() && !own_worker_->context().library().ends_handshakes) {
     host_.forget(*own_worker_);
     Worker::keep_for_good(std::move(own_worker_));
     return;

@@ -86,12 +86,13 @@ Result<std::shared_ptr<Context>> Context::create(const TransportChoice& choice, 
   if (status != UCS_OK) return unavailable("ucp_config_read: {} (a UCX_* variable?)", context->text(status));
   std::unique_ptr<ucp_config_t, decltype(library->ucp_config_release)> owner(config, library->ucp_config_release);
   std::string fragment = choice.one_sided ? "" : std::to_string(kFragmentBytes);
-  const std::array<std::pair<const char*, std::string>, 6> settings = {{
+  const std::string tcp = library->tcp_prefix;
+  const std::array<std::pair<std::string, std::string>, 6> settings = {{
       {"TLS", choice.tls},
       {"NET_DEVICES", choice.devices},
-      // UCX_TCP_...: one message, one fragment.
-      {"TX_SEG_SIZE", fragment},
-      {"RX_SEG_SIZE", fragment},
+      // One message, one fragment.
+      {tcp + "TX_SEG_SIZE", fragment},
+      {tcp + "RX_SEG_SIZE", fragment},
       // Without a copy tcp 1.13 completes a message twice, and aborts, when its connection is reset in the middle.
       {"ZCOPY_THRESH", choice.one_sided ? "" : "inf"},
       // The control connection sees a death at once; a timer in every worker would see it in 20 s.
@@ -99,7 +100,7 @@ Result<std::shared_ptr<Context>> Context::create(const TransportChoice& choice, 
   }};
   for (const auto& [key, value] : settings) {
     if (value.empty()) continue;
-    status = library->ucp_config_modify(config, key, value.c_str());
+    status = library->ucp_config_modify(config, key.c_str(), value.c_str());
     if (status != UCS_OK) return invalid_argument("UCX_{}={}: {}", key, value, context->text(status));
   }
   ucp_params_t parameters{};

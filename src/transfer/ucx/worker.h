@@ -73,8 +73,8 @@ class Worker {
   Result<std::string> address() const;
   /// Returns how many things happened; never more than `rounds` turns of UCX's own progress.
   size_t progress(int rounds);
-  /// For a worker whose handshake is not finished, which UCX 1.13 cannot destroy without an abort, here or at the other
-  /// end: until the process ends it is neither driven nor destroyed, and touches nothing. About 1 MiB each.
+  /// For a worker whose handshake is not finished, where Library::ends_handshakes is false: until the process ends it is neither
+  /// driven nor destroyed, and touches nothing. About 1 MiB each.
   static void keep_for_good(std::unique_ptr<Worker> worker);
   /// Readable when progress() has something to do, after prepare_sleep() said yes. -1: there is none, poll.
   int wait_fd() const { return wait_fd_; }
