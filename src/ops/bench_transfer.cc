@@ -8,11 +8,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <optional>
 #include <type_traits>
@@ -23,6 +20,7 @@
 #include "base/random.h"
 #include "ops/bench_serve.h"
 #include "ops/bench_transfer_common.h"
+#include "ops/bench_transfer_latency.h"
 #include "ops/bench_transfer_wire.h"
 #include "ops/raw_fabric.h"
 #include "ops/raw_gpu.h"
@@ -40,7 +38,6 @@ using transfer::BlockRead;
 using transfer::BlockWrite;
 using transfer::Peer;
 using transfer::PoolId;
-using transfer::Tag;
 using transfer::Transfer;
 
 constexpr uint64_t kDefaultTransferBytes = 32u << 20, kDefaultGpuTransferBytes = 256u << 20;
@@ -241,10 +238,12 @@ class Initiator {
 
     std::vector<Baseline> baselines;
     if (options_.baseline) open_baselines(path, baselines);
+    LatencyBench latency{options_, agent_, peer_, *channel_, raw_copy_ ? &*raw_copy_ : nullptr, raw_fabric_.get(), raw_socket_ ? &*raw_socket_ : nullptr};
     if (options_.pings > 0 && reads()) {
-      BATON_RETURN_IF_ERROR(measure_read_latency(path));
+      const auto read_one = [this](uint64_t block_bytes, uint64_t bytes) { return move({{0, 0}}, block_bytes, bytes); };
+      BATON_RETURN_IF_ERROR(measure_read_latency(latency, read_one, path));
     } else if (options_.pings > 0 && !options_.integrity) {
-      BATON_RETURN_IF_ERROR(measure_notifications(path));
+      BATON_RETURN_IF_ERROR(measure_notifications(latency, path));
     }
     for (uint64_t block_bytes : options_.block_bytes) {
       for (uint64_t blocks : block_counts(options_, block_bytes)) {
@@ -408,105 +407,6 @@ class Initiator {
     BATON_ASSIGN_OR_RETURN(RawSocketInitiator socket, RawSocketInitiator::connect(target_ip_, where.port, options_.timeout_ms));
     raw_socket_.emplace(std::move(socket));
     return {};
-  }
-
-  Status measure_notifications(BenchPath& path) {
-    BenchRequest attach{.command = BenchCommand::kAttach};
-    attach.metadata = agent_.agent->metadata();
-    BATON_ASSIGN_OR_RETURN(BenchReply attached, call(attach));
-    if (attached.text != path.transport) {
-      return internal_error("this side writes over {}, the target over {}", path.transport, attached.text);
-    }
-    for (uint64_t bytes : {uint64_t{4} << 10, uint64_t{64} << 10}) {
-      const uint64_t block_bytes = smallest_with_room(bytes);
-      if (block_bytes == 0) continue;
-      BATON_ASSIGN_OR_RETURN(BenchNotification notification, measure_notification(block_bytes, bytes));
-      if (raw_socket_) BATON_RETURN_IF_ERROR(measure_socket_echo(bytes, notification));
-      path.notifications.push_back(notification);
-    }
-    return {};
-  }
-
-  /// One block at a time, from read() until it is here.
-  Status measure_read_latency(BenchPath& path) {
-    for (uint64_t bytes : {uint64_t{4} << 10, uint64_t{64} << 10}) {
-      const uint64_t block_bytes = smallest_with_room(bytes);
-      if (block_bytes == 0) continue;
-      std::vector<double> latencies_us;
-      const int32_t warmup = std::min(options_.pings, 50);
-      for (int32_t i = 0; i < warmup + options_.pings; ++i) {
-        BATON_ASSIGN_OR_RETURN(int64_t ns, move({{0, 0}}, block_bytes, bytes));
-        if (i >= warmup) latencies_us.push_back(static_cast<double>(ns) * 1e-3);
-      }
-      const Distribution distribution = describe(latencies_us);
-      path.notifications.push_back({bytes, distribution.p50, distribution.p99, *std::min_element(latencies_us.begin(), latencies_us.end()), 0});
-    }
-    return {};
-  }
-  uint64_t smallest_with_room(uint64_t bytes) const {
-    uint64_t found = 0;
-    for (uint64_t size : options_.block_bytes) {
-      if (size >= bytes && (found == 0 || size < found)) found = size;
-    }
-    return found;
-  }
-
-  Result<BenchNotification> measure_notification(uint64_t block_bytes, uint64_t bytes) {
-    BATON_ASSIGN_OR_RETURN(Tag mine, agent_.agent->open_inbox());
-    BenchRequest echo{.command = BenchCommand::kEcho};
-    echo.tag = static_cast<uint32_t>(mine);
-    echo.block_bytes = block_bytes;
-    echo.bytes = bytes;
-    BATON_ASSIGN_OR_RETURN(BenchReply started, call(echo));
-    BATON_ASSIGN_OR_RETURN(PoolId pool, agent_.pool_of(block_bytes));
-    std::mutex mutex;
-    std::condition_variable arrived;
-    int64_t arrived_ns = 0;
-    std::vector<double> latencies_us;
-    int32_t warmup = std::min(options_.pings, 50);
-    Status status;
-    for (int32_t i = 0; i < warmup + options_.pings && status.ok(); ++i) {
-      arrived_ns = 0;
-      status = agent_.agent->expect(mine, static_cast<uint64_t>(i) + 1, [&] {
-        std::lock_guard lock(mutex);
-        arrived_ns = now_ns();
-        arrived.notify_one();
-      });
-      if (!status.ok()) break;
-      BlockWrite write;
-      write.local_pool = pool;
-      write.remote_pool = pool;
-      write.blocks = {{0, 0}};
-      write.length_bytes = bytes;
-      write.tag = static_cast<Tag>(started.tag);
-      int64_t begin_ns = now_ns();
-      status = peer_.write(std::move(write)).status();
-      std::unique_lock lock(mutex);
-      if (status.ok() && !arrived.wait_for(lock, std::chrono::milliseconds(options_.timeout_ms), [&] { return arrived_ns != 0; })) {
-        status = deadline_exceeded("no answer to a block of {} bytes within {} ms", bytes, options_.timeout_ms);
-      }
-      if (status.ok() && i >= warmup) latencies_us.push_back(static_cast<double>(arrived_ns - begin_ns) * 1e-3 / 2);
-    }
-    agent_.agent->close_inbox(mine);
-    BATON_RETURN_IF_ERROR(status);
-    BATON_RETURN_IF_ERROR(call({.command = BenchCommand::kEchoStop}).status());
-    Distribution distribution = describe(latencies_us);
-    return BenchNotification{bytes, distribution.p50, distribution.p99, *std::min_element(latencies_us.begin(), latencies_us.end()), 0};
-  }
-
-  Status measure_socket_echo(uint64_t bytes, BenchNotification& notification) {
-    BenchRequest echo{.command = BenchCommand::kRawSocketEcho};
-    echo.bytes = bytes;
-    echo.count = static_cast<uint64_t>(options_.pings);
-    BATON_RETURN_IF_ERROR(channel_->send(encode(echo)));
-    std::vector<double> latencies_us;
-    std::vector<std::byte> buffer(bytes);
-    for (int32_t i = 0; i < options_.pings; ++i) {
-      BATON_ASSIGN_OR_RETURN(double seconds, raw_socket_->round_trip(buffer.data(), bytes));
-      latencies_us.push_back(seconds * 1e6 / 2);
-    }
-    notification.socket_p50_us = describe(latencies_us).p50;
-    return receive().status();
   }
 
   Status measure_row(const BenchPath& path, uint64_t block_bytes, uint64_t blocks, const std::string& order, std::vector<Baseline>& baselines) {

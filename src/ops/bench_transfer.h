@@ -24,7 +24,7 @@ struct BenchTransferOptions {
   std::string cuda_library;          ///< empty: libcuda.so.1
   uint64_t pool_bytes = 512u << 20;  ///< on each side; blocks are drawn anew from all of it for each run
   int32_t runs = 7;
-  int32_t pings = 500;               ///< for the notification latency; 0: leave it out
+  int32_t pings = 500;               ///< for the latencies, in each run; 0: leave them out
   bool verify = false;               ///< every block is compared (XXH3) after each of our transfers
   bool integrity = false;            ///< the library's integrity mode; without notification latency, which would count the check
   bool baseline = true;
@@ -76,6 +76,16 @@ struct BenchNotification {
   double socket_p50_us = 0;                   ///< the same with a plain socket; 0: not measured
 };
 
+/// One block there, and when it has come one back: written and waited for by one thread on each side (Agent::wait()).
+struct BenchRoundTrip {
+  uint64_t bytes = 0;
+  Spread us;                  ///< medians of the runs
+  double best_us = 0, p99_us = 0;
+  std::string raw_name;       ///< empty: nothing stands beside it
+  Spread raw_us;
+  double ratio = 0;           ///< ours to it: median of the ratios run by run
+};
+
 /// What a transport costs before the first transfer.
 struct BenchPath {
   std::string asked, transport, provider, reason;
@@ -86,6 +96,7 @@ struct BenchPath {
   uint64_t target_bytes = 0;
   uint64_t initiator_resident_bytes = 0, target_resident_bytes = 0;  ///< whole processes at the end, pools included
   std::vector<BenchNotification> notifications;
+  std::vector<BenchRoundTrip> round_trips;  ///< of writes
 };
 
 struct BenchTransferResult {

@@ -55,4 +55,20 @@ Result<transfer::PoolId> BenchAgent::pool_of(uint64_t block_bytes) const {
   return static_cast<transfer::PoolId>(found - block_sizes.begin());
 }
 
+PinnedThread::PinnedThread(size_t nth) {
+  if (::sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &before_) || nth-- > 0) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    pinned_ = ::sched_setaffinity(0, sizeof(one), &one) == 0;
+    return;
+  }
+}
+
+PinnedThread::~PinnedThread() {
+  if (pinned_) (void)::sched_setaffinity(0, sizeof(before_), &before_);
+}
+
 }  // namespace baton::ops

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 #include <span>
 #include <string>
@@ -18,6 +20,20 @@ std::string host_id();
 /// Words that differ from each other, by a seed.
 void fill_words(std::span<std::byte> memory, uint64_t seed);
 uint64_t hash_block(std::span<const std::byte> block);
+
+/// While it lives the calling thread stays on the n-th (from 0) of the CPUs that it may run on, where it has as many: two threads that look
+/// for each other's words on one CPU measure the scheduler.
+class PinnedThread {
+ public:
+  explicit PinnedThread(size_t nth);
+  ~PinnedThread();
+  PinnedThread(const PinnedThread&) = delete;
+  PinnedThread& operator=(const PinnedThread&) = delete;
+
+ private:
+  cpu_set_t before_;
+  bool pinned_ = false;
+};
 
 /// An agent with one pool per block size, all over the same memory.
 struct BenchAgent {

@@ -45,6 +45,13 @@ std::string notifications_line(const BenchPath& path, bool reads) {
   return out;
 }
 
+std::string round_trip_line(const BenchRoundTrip& r) {
+  std::string out = fmt::format("{} written to notification and back: {:.2f} us (runs {:.2f} .. {:.2f}, best {:.2f}, p99 {:.1f})", format_bytes(r.bytes), r.us.median,
+                                r.us.min, r.us.max, r.best_us, r.p99_us);
+  if (!r.raw_name.empty()) out += fmt::format("; {} {:.2f} ({:.2f} .. {:.2f}), ours / it {:.2f}", r.raw_name, r.raw_us.median, r.raw_us.min, r.raw_us.max, r.ratio);
+  return out;
+}
+
 std::string costs_line(const BenchPath& path) {
   return fmt::format("agent opened in {:.1f} ms, first block moved {:.1f} ms after connect(), first pass over the pool {:.2f} GB/s; memory added {:.1f} + {:.1f} MiB, "
                      "resident in all {:.0f} + {:.0f} MiB (initiator + target)",
@@ -69,6 +76,7 @@ std::string bench_transfer_table(const BenchTransferResult& result) {
   for (const BenchPath& path : result.paths) {
     out += fmt::format("\n{} ({}, {})\n  {}\n", path.transport, path.provider, path.reason, costs_line(path));
     if (!path.notifications.empty()) out += fmt::format("  {}\n", notifications_line(path, result.options.operation == "read"));
+    for (const BenchRoundTrip& r : path.round_trips) out += fmt::format("  {}\n", round_trip_line(r));
     out += fmt::format("\n{:<11}{:>9}{:>8}{:>8}{:>16}{:>10}{:>16}{:>9}   {}\n", "order", "block", "blocks", "GB/s", "min .. max", "ms", "CPU s/GB",
                        "retries", "beside: GB/s (ours / it, its CPU s/GB)");
     for (const BenchTransferRow& row : result.rows) {
@@ -90,7 +98,11 @@ std::string bench_transfer_json(const BenchTransferResult& result) {
   const BenchTransferOptions& o = result.options;
   ordered_json paths = ordered_json::array(), rows = ordered_json::array();
   for (const BenchPath& path : result.paths) {
-    ordered_json notifications = ordered_json::array();
+    ordered_json notifications = ordered_json::array(), round_trips = ordered_json::array();
+    for (const BenchRoundTrip& r : path.round_trips) {
+      round_trips.push_back({{"bytes", r.bytes}, {"us", to_json(r.us)}, {"best_us", r.best_us}, {"p99_us", r.p99_us}, {"raw_name", r.raw_name},
+                             {"raw_us", to_json(r.raw_us)}, {"ratio", r.ratio}});
+    }
     for (const BenchNotification& n : path.notifications) {
       notifications.push_back({{"bytes", n.bytes}, {"p50_us", n.p50_us}, {"p99_us", n.p99_us}, {"min_us", n.min_us},
                                {"socket_p50_us", n.socket_p50_us}});
@@ -99,7 +111,7 @@ std::string bench_transfer_json(const BenchTransferResult& result) {
                      {"agent_ms", path.agent_ms}, {"connect_ms", path.connect_ms}, {"first_pass_bytes_per_s", path.first_pass_bytes_per_s},
                      {"initiator_added_bytes", path.initiator_bytes},
                      {"target_added_bytes", path.target_bytes}, {"initiator_resident_bytes", path.initiator_resident_bytes},
-                     {"target_resident_bytes", path.target_resident_bytes}, {"notifications", notifications}});
+                     {"target_resident_bytes", path.target_resident_bytes}, {"notifications", notifications}, {"round_trips", round_trips}});
   }
   for (const BenchTransferRow& row : result.rows) {
     ordered_json baselines = ordered_json::array();
@@ -120,6 +132,7 @@ std::string bench_transfer_html(const BenchTransferResult& result) {
   for (const BenchPath& path : result.paths) {
     body += fmt::format("<h2>{} <small>({}, {})</small></h2><p>{}</p><p>{}</p>", escape_html(path.transport), escape_html(path.provider),
                         escape_html(path.reason), costs_line(path), notifications_line(path, result.options.operation == "read"));
+    for (const BenchRoundTrip& r : path.round_trips) body += fmt::format("<p>{}</p>", round_trip_line(r));
     std::string pictures;
     for (const char* order : {"scattered", "contiguous"}) {
       std::vector<Series> lines = {{"baton", {}}};

@@ -12,6 +12,7 @@
 #include "ops/bench_transfer_wire.h"
 #include "ops/raw_fabric.h"
 #include "ops/raw_gpu.h"
+#include "ops/raw_memory.h"
 #include "ops/raw_socket.h"
 
 namespace baton::ops {
@@ -66,6 +67,42 @@ class Echo {
   uint64_t expected_ = 0;
 };
 
+/// The other half of a conversation: waits for a block, writes one back, all by the thread that calls run().
+class Pong {
+ public:
+  static Result<std::unique_ptr<Pong>> open(Agent& agent, Peer peer, PoolId pool, uint64_t bytes, Tag theirs) {
+    BATON_ASSIGN_OR_RETURN(Tag mine, agent.open_inbox());
+    return std::unique_ptr<Pong>(new Pong(agent, std::move(peer), pool, bytes, theirs, mine));
+  }
+  ~Pong() { agent_.close_inbox(mine_); }
+  Tag mine() const { return mine_; }
+
+  Status run(uint64_t count, int64_t timeout_ms) {
+    for (uint64_t i = 0; i < count; ++i) {
+      BATON_RETURN_IF_ERROR(agent_.wait(mine_, ++arrived_, Deadline::after_ms(SteadyClock::instance(), timeout_ms)));
+      BlockWrite write;
+      write.local_pool = pool_;
+      write.remote_pool = pool_;
+      write.blocks = {{0, 0}};
+      write.length_bytes = bytes_;
+      write.tag = theirs_;
+      BATON_RETURN_IF_ERROR(peer_.write(std::move(write)).status());
+    }
+    return {};
+  }
+
+ private:
+  Pong(Agent& agent, Peer peer, PoolId pool, uint64_t bytes, Tag theirs, Tag mine)
+      : agent_(agent), peer_(std::move(peer)), pool_(pool), bytes_(bytes), theirs_(theirs), mine_(mine) {}
+
+  Agent& agent_;
+  const Peer peer_;
+  const PoolId pool_;
+  const uint64_t bytes_;
+  const Tag theirs_, mine_;
+  uint64_t arrived_ = 0;
+};
+
 class Target {
  public:
   Target(BenchChannel channel, const BenchTransferTargetOptions& options) : channel_(std::move(channel)), options_(options) {
@@ -99,7 +136,23 @@ class Target {
       case BenchCommand::kOpen: return open(request, reply);
       case BenchCommand::kAttach: return attach(request, reply);
       case BenchCommand::kEcho: return echo(request, reply);
-      case BenchCommand::kEchoStop: echo_.reset(); return {};
+      case BenchCommand::kEchoStop:
+        echo_.reset();
+        pong_.reset();
+        return {};
+      case BenchCommand::kPongOpen: return pong_open(request, reply);
+      case BenchCommand::kPongRun:
+        if (!pong_) return failed_precondition("there is no conversation");
+        return pinned([&] { return pong_->run(request.count, options_.timeout_ms); });
+      case BenchCommand::kRawMemoryPong:
+        if (!pool_ || (pool_.fd() < 0 && !raw_pool_)) return failed_precondition("there is no shared pool");
+        return pinned([&] { return RawBounce((pool_.fd() >= 0 ? pool_ : raw_pool_).span()).pong(request.bytes, request.count, options_.timeout_ms); });
+      case BenchCommand::kRawFabricAttach:
+        if (!raw_fabric_) return failed_precondition("the raw endpoint is not open");
+        return raw_fabric_->connect(request.metadata, request.bytes, request.count, options_.timeout_ms);
+      case BenchCommand::kRawFabricPong:
+        if (!raw_fabric_) return failed_precondition("the raw endpoint is not open");
+        return pinned([&] { return raw_fabric_->pong(request.bytes, request.count, options_.timeout_ms); });
       case BenchCommand::kFill:
         if (gpu_) {
           BATON_ASSIGN_OR_RETURN(MappedMemory words, MappedMemory::create_private(gpu_->bytes()));
@@ -214,6 +267,22 @@ class Target {
     return {};
   }
 
+  /// The initiator takes the first CPU.
+  template <typename Run>
+  static Status pinned(Run run) {
+    const PinnedThread pinned(1);
+    return run();
+  }
+
+  Status pong_open(const BenchRequest& request, BenchReply& reply) {
+    if (!agent_ || !peer_) return failed_precondition("no peer to answer to");
+    BATON_ASSIGN_OR_RETURN(PoolId pool, agent_->pool_of(request.block_bytes));
+    pong_.reset();
+    BATON_ASSIGN_OR_RETURN(pong_, Pong::open(*agent_->agent, peer_, pool, request.bytes, static_cast<Tag>(request.tag)));
+    reply.tag = static_cast<uint32_t>(pong_->mine());
+    return {};
+  }
+
   template <typename Action>
   Status for_each_block(const BenchRequest& request, Action action) {
     if ((!pool_ && !gpu_) || request.block_bytes == 0) return failed_precondition("there is no pool");
@@ -257,6 +326,7 @@ class Target {
 
   void close() {
     echo_.reset();
+    pong_.reset();
     peer_ = Peer();
     agent_.reset();
     raw_fabric_.reset();
@@ -274,6 +344,7 @@ class Target {
   std::unique_ptr<BenchAgent> agent_;
   Peer peer_;
   std::unique_ptr<Echo> echo_;
+  std::unique_ptr<Pong> pong_;
   std::unique_ptr<RawFabric> raw_fabric_;
   std::optional<RawSocketTarget> raw_socket_;
   uint64_t resident_before_ = 0;

@@ -12,7 +12,7 @@
 /// one stream socket. Frame: length (u32, little-endian, of what follows), then one record.
 namespace baton::ops {
 
-inline constexpr uint32_t kBenchWireVersion = 3;
+inline constexpr uint32_t kBenchWireVersion = 4;
 inline constexpr size_t kMaxBenchFrameBytes = 8u << 20;
 inline constexpr size_t kMaxBenchBlocks = 1u << 18;  ///< of one transfer
 inline constexpr size_t kMaxBenchSizes = 64;         ///< block sizes of one run
@@ -33,6 +33,11 @@ enum class BenchCommand : uint8_t {
   kRawSocketOpen,   ///< listens; the initiator connects
   kRawSocketRun,    ///< bytes: read as many, answer one byte
   kRawSocketEcho,   ///< bytes, count: read and send back
+  kPongOpen,        ///< block_bytes, bytes, tag: makes an inbox for a conversation
+  kPongRun,         ///< count: waits for a block and writes one back, so many times
+  kRawMemoryPong,   ///< bytes, count: the same by memory alone
+  kRawFabricAttach, ///< metadata (a name), bytes (base), count (key): where the initiator's endpoint is
+  kRawFabricPong,   ///< bytes, count
   kStop,            ///< ends kRawFabricRun
   kClose,           ///< closes the agent and what is raw
   kBye,

@@ -143,7 +143,77 @@ class RawFabricEndpoint final : public RawFabric {
     });
   }
 
+  Result<std::vector<double>> ping(uint64_t bytes, uint64_t count, int64_t timeout_ms) override {
+    std::vector<double> round_trips_us;
+    for (uint64_t i = 1; i <= count; ++i) {
+      const int64_t begin_ns = SteadyClock::instance().now_ns();
+      BATON_RETURN_IF_ERROR(post_counted(bytes));
+      BATON_RETURN_IF_ERROR(poll_until([&] { return counted_ == i; }, timeout_ms));
+      round_trips_us.push_back(static_cast<double>(SteadyClock::instance().now_ns() - begin_ns) * 1e-3);
+    }
+    BATON_RETURN_IF_ERROR(finish_counted(timeout_ms));
+    return round_trips_us;
+  }
+  Status pong(uint64_t bytes, uint64_t count, int64_t timeout_ms) override {
+    for (uint64_t i = 1; i <= count; ++i) {
+      BATON_RETURN_IF_ERROR(poll_until([&] { return counted_ == i; }, timeout_ms));
+      BATON_RETURN_IF_ERROR(post_counted(bytes));
+    }
+    return finish_counted(timeout_ms);
+  }
+
  private:
+  Status post_counted(uint64_t bytes) {
+    iovec local{memory_.data(), bytes};
+    fi_rma_iov remote{base_, bytes, key_};
+    void* descriptor = wants(FI_MR_LOCAL) ? fi_mr_desc(region_.get()) : nullptr;
+    if (free_.empty()) return internal_error("raw libfabric: {} writes have not ended", contexts_.size());
+    fi_msg_rma write{};
+    write.msg_iov = &local;
+    write.desc = &descriptor;
+    write.iov_count = 1;
+    write.addr = peer_;
+    write.rma_iov = &remote;
+    write.rma_iov_count = 1;
+    write.data = 1;
+    while (true) {
+      write.context = free_.back();
+      ssize_t error = fi_writemsg(endpoint_.get(), &write, FI_COMPLETION | FI_REMOTE_CQ_DATA | (info_->tx_attr->op_flags & FI_DELIVERY_COMPLETE));
+      if (error == 0) break;
+      if (error != -FI_EAGAIN) return failed("fi_writemsg", error);
+      BATON_RETURN_IF_ERROR(poll_counted());
+    }
+    free_.pop_back();
+    return {};
+  }
+  Status poll_counted() {
+    fi_cq_data_entry entries[16];
+    ssize_t n = fi_cq_read(queue_.get(), entries, 16);
+    if (n == -FI_EAGAIN) return {};
+    if (n < 0) return completion_error(n);
+    for (ssize_t i = 0; i < n; ++i) {
+      if ((entries[i].flags & FI_REMOTE_CQ_DATA) != 0) {
+        ++counted_;
+      } else {
+        free_.push_back(static_cast<fi_context2*>(entries[i].op_context));
+      }
+    }
+    return {};
+  }
+  template <typename Over>
+  Status poll_until(Over over, int64_t timeout_ms) {
+    const int64_t deadline_ns = SteadyClock::instance().now_ns() + timeout_ms * 1'000'000;
+    for (uint32_t turn = 1; !over(); ++turn) {
+      BATON_RETURN_IF_ERROR(poll_counted());
+      if (turn % 65536 == 0 && SteadyClock::instance().now_ns() > deadline_ns) return deadline_exceeded("raw libfabric: nothing came for {} ms", timeout_ms);
+    }
+    return {};
+  }
+  Status finish_counted(int64_t timeout_ms) {
+    counted_ = 0;
+    return poll_until([&] { return free_.size() == contexts_.size(); }, timeout_ms);
+  }
+
   template <typename Post>
   Result<double> move(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms, Post post) {
     window = std::min(window, kMaxWindow);
@@ -214,6 +284,7 @@ class RawFabricEndpoint final : public RawFabric {
   uint64_t base_ = 0, key_ = 0;
   std::vector<fi_context2> contexts_;  // one per write under way; the provider may use them
   std::vector<fi_context2*> free_;
+  uint64_t counted_ = 0;  // of a conversation
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "base/status.h"
 #include "transfer/include/baton/transfer.h"
@@ -32,6 +33,12 @@ class RawFabric {
   virtual Result<double> write(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms) = 0;
   /// The same from the other side's memory.
   virtual Result<double> read(std::span<const transfer::BlockPair> blocks, uint64_t block_bytes, size_t window, int64_t timeout_ms) = 0;
+
+  /// Both sides are connected to each other: one write of `bytes` with CQ data there, and when its data is counted one back, `count` times.
+  /// Each in microseconds; delivery complete, like ours.
+  virtual Result<std::vector<double>> ping(uint64_t bytes, uint64_t count, int64_t timeout_ms) = 0;
+  /// The other side of it.
+  virtual Status pong(uint64_t bytes, uint64_t count, int64_t timeout_ms) = 0;
 };
 
 }  // namespace baton::ops

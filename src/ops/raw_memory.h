@@ -24,11 +24,29 @@ class RawSharedCopy {
   /// Seconds.
   double copy(const std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
   double copy_back(std::byte* local, std::span<const transfer::BlockPair> blocks, uint64_t block_bytes) const;
+  /// What both have, for RawBounce.
+  std::span<std::byte> shared() const { return {remote_, bytes_}; }
 
  private:
   RawSharedCopy(std::byte* remote, size_t bytes) : remote_(remote), bytes_(bytes) {}
   std::byte* remote_;
   size_t bytes_;
+};
+
+/// Two processes that talk through shared memory and nothing else: a memcpy() from memory of one's own, then a word on a cache line that
+/// the other one looks at all the time. What it takes there and back is the limit of any notification.
+class RawBounce {
+ public:
+  explicit RawBounce(std::span<std::byte> shared) : shared_(shared) {}
+  /// One side; `count` times there and back, each in microseconds.
+  Result<std::vector<double>> ping(uint64_t bytes, uint64_t count, int64_t timeout_ms) const;
+  /// The other.
+  Status pong(uint64_t bytes, uint64_t count, int64_t timeout_ms) const;
+
+ private:
+  Status check(uint64_t bytes) const;
+  Status await(uint64_t* word, uint64_t value, int64_t timeout_ms) const;
+  std::span<std::byte> shared_;
 };
 
 /// process_vm_writev() or process_vm_readv() with as many blocks a call as come to about 2 MiB, 512 at most.

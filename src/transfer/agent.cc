@@ -67,6 +67,7 @@ Status AgentConfig::validate() const {
     return invalid_argument("max_queued_transfers ({}), default_timeout_ms ({}) and stall_timeout_ms ({}) must be "
                             "positive", max_queued_transfers, default_timeout_ms, stall_timeout_ms);
   }
+  if (poll_us < 0 || poll_us > 10'000'000) return invalid_argument("poll_us is {}; 0 to 10,000,000 are possible", poll_us);
   return Status();
 }
 
@@ -401,6 +402,7 @@ Result<std::shared_ptr<PeerCore>> AgentCore::open_path(const Metadata& metadata,
   peer->transport = path.backend->transport();
   peer->provider = path.backend->provider();
   peer->rails = path.backend->rails();
+  peer->posts_at_once = path.backend->posts_at_once();
   peer->limits = path.limits;
   if (config_.integrity) {
     peer->limits.max_burst_bytes = std::min(peer->limits.max_burst_bytes, kMaxHashedBurstBytes);
@@ -453,7 +455,7 @@ Result<AgentCore::Ends> AgentCore::check_ends(const Metadata& peer, PoolId local
 }
 
 Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite write,
-                                         std::function<void(const Status&)> on_done, bool integrity) {
+                                         std::function<void(const Status&)> on_done, bool integrity, bool at_once) {
   BATON_ASSIGN_OR_RETURN(Ends ends, check_ends(paths.main().metadata, write.local_pool, write.remote_pool, write.blocks,
                                                write.offset_bytes, write.length_bytes, "->"));
   const MemoryKind kind = ends.local.region.impl()->kind();
@@ -489,7 +491,7 @@ Result<TransferPointer> AgentCore::write(const PeerPaths& paths, BlockWrite writ
     transfer->check->block_count = transfer->block_count;
     transfer->counted_check = transfer->tag != Tag::kNone;
   }
-  BATON_RETURN_IF_ERROR(enqueue(transfer));
+  BATON_RETURN_IF_ERROR(enqueue(transfer, at_once));
   return transfer;
 }
 
@@ -497,13 +499,14 @@ int64_t AgentCore::deadline_ns(Deadline deadline) const {
   return deadline == Deadline::never() ? clock_.now_ns() + config_.default_timeout_ms * 1'000'000 : deadline.at_ns;
 }
 
-Status AgentCore::enqueue(const TransferPointer& transfer) {
+Status AgentCore::enqueue(const TransferPointer& transfer, bool at_once) {
   PeerCore& peer = *transfer->peer;
   if (queued_.fetch_add(1) >= config_.max_queued_transfers) {
     queued_.fetch_sub(1);
     return resource_exhausted("{} transfers are queued, the limit is {} (max_queued_transfers)",
                               config_.max_queued_transfers, config_.max_queued_transfers);
   }
+  if (at_once && post_at_once(transfer)) return Status();
   {
     std::lock_guard lock(peer.queue_mutex);
     if (!peer.down.ok()) {
@@ -584,11 +587,7 @@ uint64_t Transfer::messages() const {
 }
 uint64_t Transfer::bytes() const { return impl_->byte_count; }
 Status Transfer::wait() const {
-  std::shared_ptr<AgentCore> agent = impl_->agent.lock();
-  if (agent && agent->config().manual_progress) {
-    while (!done()) agent->progress();
-  }
-  agent.reset();
+  if (std::shared_ptr<AgentCore> agent = impl_->agent.lock()) return agent->wait(*impl_);
   impl_->state.wait(Impl::State::kPending, std::memory_order_acquire);
   return impl_->status;
 }
@@ -634,7 +633,7 @@ Result<Transfer> Peer::write(BlockWrite write, std::function<void(const Status&)
   std::shared_ptr<AgentCore> agent = impl_->agent();
   if (agent == nullptr) return unavailable("the agent of this peer is closed");
   BATON_ASSIGN_OR_RETURN(TransferPointer transfer, agent->write(impl_->paths_, std::move(write), std::move(on_done),
-                                                                agent->config().integrity));
+                                                                agent->config().integrity, true));
   return Transfer(std::move(transfer));
 }
 Result<Transfer> Peer::read(BlockRead read, std::function<void(const Status&)> on_done) const {
@@ -669,6 +668,7 @@ class AgentHandle final : public Agent {
   Status expect(Tag tag, uint64_t messages, std::function<void()> on_complete) override {
     return core_->inboxes().expect(tag, messages, std::move(on_complete));
   }
+  Status wait(Tag tag, uint64_t messages, Deadline deadline) override { return core_->wait(tag, messages, deadline); }
   uint64_t arrived(Tag tag) const override { return core_->inboxes().arrived(tag); }
   void close_inbox(Tag tag) override { core_->close_inbox(tag); }
   Status fence(Epoch peer) override { return core_->fence(peer); }

@@ -1,11 +1,4 @@
-#include <poll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <limits>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -30,85 +23,41 @@ size_t AgentCore::progress() {
   return count;
 }
 
-void AgentCore::run() {
-  while (!stopping_.load()) {
-    work_.store(false);
-    size_t count = turn();
-    run_callbacks();
-    if (count == 0) sleep();
-  }
-}
-
-void AgentCore::wake() {
-  work_.store(true);
-  if (!sleeping_.load()) return;
-  uint64_t one = 1;
-  (void)!::write(doorbell_.get(), &one, sizeof(one));
-}
-
-void AgentCore::sleep() {
-  int64_t longest_ns = 0;
-  {
-    std::lock_guard lock(mutex_);
-    poll_fds_.clear();
-    poll_fds_.push_back({doorbell_.get(), POLLIN, 0});
-    longest_ns = next_time_ns();
-    for (const auto& backend : backends_) {
-      longest_ns = std::min(longest_ns, backend->prepare_wait(poll_fds_));
-    }
-    for (const auto& peer : busy_) {
-      if (peer->again) longest_ns = std::min(longest_ns, peer->again_sleep_ns);
-    }
-  }
-  if (longest_ns <= 0) {
-    std::this_thread::yield();
-    return;
-  }
-  // Dekker with wake(): either it sees that we sleep, or we see its work.
-  sleeping_.store(true);
-  if (!work_.load() && !stopping_.load()) {
-    timespec timeout{longest_ns / 1'000'000'000, longest_ns % 1'000'000'000};
-    bool forever = longest_ns == std::numeric_limits<int64_t>::max();
-    (void)::ppoll(poll_fds_.data(), poll_fds_.size(), forever ? nullptr : &timeout, nullptr);
-  }
-  sleeping_.store(false);
-  uint64_t rings = 0;
-  (void)!::read(doorbell_.get(), &rings, sizeof(rings));
-}
-
-int64_t AgentCore::next_time_ns() const {
-  if (deadlines_.empty()) return std::numeric_limits<int64_t>::max();
-  return std::max<int64_t>(deadlines_.begin()->first - clock_.now_ns(), 0);
-}
-
 size_t AgentCore::turn() {
   size_t count = 0;
   {
     std::lock_guard lock(mutex_);
-    int64_t now_ns = clock_.now_ns();
-    // The cancels first: what they name has then been written, so taking the writes after them finds it.
-    std::vector<TransferPointer> cancels = take_cancels();
-    take_incoming();
-    for (const TransferPointer& transfer : cancels) cancel_now(transfer, now_ns);
-    for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns) + send_checks(*busy_[i]) + send_reads(*busy_[i]);
-    take_read_answers();
-    for (const auto& backend : backends_) count += backend->progress(*this);
-    count += take_check_results() + serve_checks() + progress_reads();
-    for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);
-    check_time(now_ns);
-    for (const auto& peer : busy_) {
-      if (peer->state == PeerCore::State::kClosing) close_link(*peer);
-      peer->busy = peer->inflight_count > 0 || !peer->to_post.empty() || !peer->unsent_reads.empty();
-    }
-    std::erase_if(busy_, [](const auto& peer) { return !peer->busy; });
-    // Only then: a thousand idle peers must not be looked at in every turn.
-    if (std::exchange(peer_closed_, false)) {
-      std::erase_if(peers_, [](const auto& peer) { return peer->state == PeerCore::State::kClosed; });
-    }
-    count += done_.size();
-    if (count > 0) ++turns_;
+    count = locked_turn();
   }
   if (count > 0) turned_.notify_all();
+  return count;
+}
+
+/// REQUIRES: mutex_ is held.
+size_t AgentCore::locked_turn() {
+  int64_t now_ns = clock_.now_ns();
+  // The cancels first: what they name has then been written, so taking the writes after them finds it.
+  std::vector<TransferPointer> cancels = take_cancels();
+  take_incoming();
+  for (const TransferPointer& transfer : cancels) cancel_now(transfer, now_ns);
+  size_t count = 0;
+  for (size_t i = 0; i < busy_.size(); ++i) count += post(*busy_[i], now_ns) + send_checks(*busy_[i]) + send_reads(*busy_[i]);
+  take_read_answers();
+  for (const auto& backend : backends_) count += backend->progress(*this);
+  count += take_check_results() + serve_checks() + progress_reads();
+  for (PeerCore* peer : std::exchange(failed_, {})) fail_peer(*peer, peer->failure);
+  check_time(now_ns);
+  for (const auto& peer : busy_) {
+    if (peer->state == PeerCore::State::kClosing) close_link(*peer);
+    peer->busy = peer->inflight_count > 0 || !peer->to_post.empty() || !peer->unsent_reads.empty();
+  }
+  std::erase_if(busy_, [](const auto& peer) { return !peer->busy; });
+  // Only then: a thousand idle peers must not be looked at in every turn.
+  if (std::exchange(peer_closed_, false)) {
+    std::erase_if(peers_, [](const auto& peer) { return peer->state == PeerCore::State::kClosed; });
+  }
+  count += std::exchange(finished_, 0);
+  if (count > 0) ++turns_;
   return count;
 }
 
@@ -211,6 +160,7 @@ size_t AgentCore::post(PeerCore& peer, int64_t now_ns) {
     message.tag = transfer->tag;
     message.after = transfer->after;
     message.cookie = slot;
+    message.end_can_wait = transfer->end_can_wait;
     message.read = transfer->is_read;
     Result<PostResult> result = peer.link->post(message);
     if (!result.ok()) {
@@ -354,7 +304,8 @@ void AgentCore::finish(const TransferPointer& transfer) {
   transfer->status = transfer->outcome;
   transfer->settled = !transfer->unsettled;
   queued_.fetch_sub(1);
-  done_.push_back(transfer);
+  ++finished_;
+  if (transfer->on_done) done_.push_back(transfer);
   transfer->state.store(Transfer::Impl::State::kDone, std::memory_order_release);
   transfer->state.notify_all();
 }

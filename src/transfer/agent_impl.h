@@ -102,6 +102,7 @@ class baton::transfer::Transfer::Impl {
   bool is_read = false;
   std::unique_ptr<OutgoingRead> read;  // not with a direct one: that has a plan, as a write does
   ServedFor served;
+  bool end_can_wait = false;
 
   bool wants_more() const { return read != nullptr ? !read->asked_for_all() : next_message < message_count; }
   std::string path() const;  // "write to 'decode-0' over tcp (net)"
@@ -140,6 +141,7 @@ class PeerCore {
   std::string transport;
   std::string provider;
   uint32_t rails = 1;
+  bool posts_at_once = false;
   std::string reason;
   BackendLimits limits;
 
@@ -215,7 +217,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   std::string metadata() const;
   Result<PeerPaths> connect(std::string_view metadata);
   Result<TransferPointer> write(const PeerPaths& paths, BlockWrite write, std::function<void(const Status&)> on_done,
-                                bool integrity);
+                                bool integrity, bool at_once = false);
   Result<TransferPointer> read(const PeerPaths& paths, BlockRead read, std::function<void(const Status&)> on_done);
   void cancel(const TransferPointer& transfer);
   Status close_peer(const PeerPaths& paths);
@@ -225,6 +227,8 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   std::string describe() const;
   InboxTable& inboxes() { return inboxes_; }
   void close_inbox(Tag tag);
+  Status wait(const Transfer::Impl& transfer);
+  Status wait(Tag tag, uint64_t messages, Deadline deadline);
   const AgentConfig& config() const { return config_; }
   void wake();
 
@@ -255,15 +259,29 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   /// What the two ends of an operation are, when all its blocks lie inside.
   Result<Ends> check_ends(const Metadata& peer, PoolId local, PoolId remote, std::span<const BlockPair> blocks,
                           uint64_t offset_bytes, uint64_t length_bytes, const char* arrow) const;
-  Status enqueue(const TransferPointer& transfer);
+  /// `at_once`: by a thread that holds no lock of the agent's.
+  Status enqueue(const TransferPointer& transfer, bool at_once);
   int64_t deadline_ns(Deadline deadline) const;
   std::string metadata_now() const;  // under the lock
   Status open_backends(const BackendFactory& factory);
   Status need_cuda_backend();
 
+  // agent_polling.cc
   void run();
+  bool attended();
+  void ring();
+  void park(int64_t ns);
   void sleep();
+  void end_sleep();
+  bool rest();
+  void poll_turn();
+  template <typename Over>
+  bool poll_until(int64_t longest_ns, const Over& over);
+  void hurry(const Transfer::Impl& transfer);
+  bool post_at_once(const TransferPointer& transfer);
+
   size_t turn();
+  size_t locked_turn();
   void make_busy(const std::shared_ptr<PeerCore>& peer);
   void take_incoming();
   std::vector<TransferPointer> take_cancels();
@@ -364,6 +382,7 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   std::vector<PeerCore*> failed_;                 // by events of this turn
   std::set<std::pair<int64_t, TransferPointer>> deadlines_;
   std::vector<TransferPointer> done_;  // their callbacks are due
+  size_t finished_ = 0;                // since the last turn
   uint64_t retries_ = 0, failed_transfers_ = 0, fences_ = 0;
   std::unordered_map<uint64_t, TransferPointer> open_checks_;  // by id
   uint64_t next_check_id_ = 1;
@@ -400,6 +419,13 @@ class AgentCore final : public BackendEvents, public std::enable_shared_from_thi
   std::atomic<uint64_t> messages_sent_{0}, bytes_sent_{0};
   std::atomic<bool> work_{false};
   std::atomic<bool> sleeping_{false};
+  std::atomic<bool> parked_{false};
+  std::atomic<int64_t> sleeps_until_ns_{0};     // on its descriptors; 0: it does not
+  std::atomic<bool> callbacks_due_{false};      // left by whoever polls to the thread
+  std::atomic<uint32_t> polling_{0};            // threads that wait and look
+  std::atomic<int64_t> attended_until_ns_{0};
+  std::atomic<int64_t> polled_until_ns_{0};
+  std::atomic<int64_t> answered_ns_{0};         // when a wait for an inbox ended
   std::atomic<bool> stopping_{false};
   FileDescriptor doorbell_;
   std::vector<pollfd> poll_fds_;

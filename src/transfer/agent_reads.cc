@@ -41,7 +41,7 @@ Result<TransferPointer> AgentCore::read(const PeerPaths& paths, BlockRead read, 
     transfer->read = std::make_unique<OutgoingRead>();
     transfer->read->what = std::move(read);
   }
-  BATON_RETURN_IF_ERROR(enqueue(transfer));
+  BATON_RETURN_IF_ERROR(enqueue(transfer, direct));
   return transfer;
 }
 

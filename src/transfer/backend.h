@@ -58,6 +58,8 @@ struct BackendMessage {
   Tag tag = Tag::kNone;
   void* after = nullptr;  ///< BlockWrite::after
   uint64_t cookie = 0;    ///< comes back with the completion
+  /// Nobody asks for its end soon, and progress() is called all the time: it may be confirmed together with others.
+  bool end_can_wait = false;
   bool read = false;      ///< the other way, from the remote pool into the local one (Backend::reads_directly)
 };
 
@@ -168,6 +170,17 @@ class Backend {
   virtual size_t progress(BackendEvents& events) = 0;
   /// Adds what to wait on. Returns how long the thread may sleep at most, in ns; 0: do not sleep.
   virtual int64_t prepare_wait(std::vector<pollfd>& fds) = 0;
+  /// Nobody looks until one of these is readable or progress() is called. False: something has come in meanwhile, do not sleep.
+  virtual bool rest() { return true; }
+  /// Somebody waits for the end of a message whose end could wait.
+  virtual void hurry() {}
+  /// True where posting a small message takes no longer than waking a thread would.
+  virtual bool posts_at_once() const { return false; }
+  /// The part of progress() that ends what was posted just now, where that needs nobody else.
+  virtual size_t finish_posted(BackendEvents& events) {
+    (void)events;
+    return 0;
+  }
   virtual uint64_t inbound_peers() const = 0;
 
   virtual CheckChannel& checks() = 0;

@@ -1,20 +1,18 @@
 #include "transfer/include/baton/transfer_c.h"
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <string>
 #include <string_view>
 #include <type_traits>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "transfer/include/baton/transfer.h"
 
@@ -140,6 +138,7 @@ baton_agent_config default_config() {
   config.stall_timeout_ms = defaults.stall_timeout_ms;
   config.integrity = defaults.integrity ? 1 : 0;
   config.max_served_reads = defaults.max_served_reads;
+  config.poll_us = defaults.poll_us;
   return config;
 }
 
@@ -238,6 +237,7 @@ baton_code baton_agent_create(const baton_agent_config* config, baton_agent** ag
     cpp.stall_timeout_ms = c.stall_timeout_ms;
     cpp.integrity = c.integrity != 0;
     cpp.max_served_reads = c.max_served_reads;
+    cpp.poll_us = c.poll_us;
     auto handle = std::make_unique<baton_agent>();
     handle->manual_progress = cpp.manual_progress;
     BATON_ASSIGN_OR_RETURN(handle->agent, bt::Agent::create(std::move(cpp)));
@@ -379,27 +379,9 @@ baton_code baton_inbox_wait(baton_agent* agent, baton_tag tag, uint64_t messages
     if (agent->manual_progress) {
       return baton::failed_precondition("with manual_progress nobody but the caller makes progress");
     }
-    struct State {
-      std::mutex mutex;
-      std::condition_variable changed;
-      bool complete = false;
-    };
-    auto state = std::make_shared<State>();  // the callback may outlive a wait that gave up
-    auto on_complete = [state] {
-      std::lock_guard lock(state->mutex);
-      state->complete = true;
-      state->changed.notify_all();
-    };
-    auto id = static_cast<bt::Tag>(tag);
-    BATON_RETURN_IF_ERROR(agent->agent->expect(id, messages, on_complete));
-    {
-      std::unique_lock lock(state->mutex);
-      auto timeout = std::chrono::milliseconds(std::clamp<int64_t>(timeout_ms, 0, int64_t{1} << 40));
-      if (state->changed.wait_for(lock, timeout, [&] { return state->complete; })) return Status();
-    }
-    baton::ignore_status(agent->agent->expect(id, messages, nullptr));
-    return baton::deadline_exceeded("inbox {}: {} of {} messages arrived within {} ms", tag,
-                                    agent->agent->arrived(id), messages, timeout_ms);
+    const int64_t bounded_ms = std::clamp<int64_t>(timeout_ms, 0, int64_t{1} << 40);
+    const auto deadline = baton::Deadline::after_ms(baton::SteadyClock::instance(), bounded_ms);
+    return agent->agent->wait(static_cast<bt::Tag>(tag), messages, deadline);
   });
 }
 

@@ -17,6 +17,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "transfer/control_linger.h"
 #include "transfer/descriptors.h"
 #include "transfer/metadata.h"
 #include "transfer/wire.h"
@@ -115,6 +116,15 @@ Status check_same_user(int fd) {
   return Status();
 }
 
+std::string encode_arrivals(std::span<const Arrival> arrivals) {
+  WireWriter out;
+  for (const Arrival& arrival : arrivals) {
+    out.put(arrival.tag);
+    out.put(arrival.count);
+  }
+  return out.take();
+}
+
 }  // namespace
 
 std::string encode_hello(const Hello& hello) {
@@ -168,7 +178,7 @@ Result<Welcome> parse_welcome(std::string_view payload) {
     welcome.rails.emplace_back(in.get_string(kMaxEndpointAddressBytes));
   }
   size_t pools = in.get<uint16_t>();
-  if (pools > kMaxPools * std::max<size_t>(rails, 1)) return invalid_argument("a Welcome with {} pools", pools);
+  if (pools > (kMaxPools + 1) * std::max<size_t>(rails, 1)) return invalid_argument("a Welcome with {} pools", pools);
   for (size_t i = 0; i < pools && in.ok(); ++i) {
     Welcome::Pool pool;
     pool.id = in.get<uint32_t>();
@@ -205,9 +215,9 @@ Result<RailNote> parse_rail_note(std::string_view payload) {
   return note;
 }
 
-bool FrameSocket::send(Type type, std::string_view payload) {
+bool FrameSocket::send(Type type, std::string_view payload, bool last) {
   BATON_CHECK(payload.size() <= kMaxFrameBytes);
-  if (out_.size() - sent_ + payload.size() > kMaxUnsentBytes) return false;
+  if (!last && out_.size() - sent_ + payload.size() > kMaxUnsentBytes) return false;
   WireWriter header;
   header.put(static_cast<uint32_t>(payload.size()));
   header.put(static_cast<uint8_t>(type));
@@ -265,6 +275,15 @@ Status FrameSocket::receive(std::deque<Frame>& frames) {
   in_.erase(0, at);
   return end;
 }
+
+ControlPlane::ControlPlane(Options options, Delegate& delegate, const Clock& clock)
+    : options_(std::move(options)), delegate_(delegate), clock_(clock), lingering_(std::make_unique<LingeringSockets>()) {}
+
+ControlPlane::~ControlPlane() = default;
+
+bool ControlPlane::wants_time() const { return waiting_for_hello_ + lingering_->size() > 0; }
+
+size_t ControlPlane::lingering() const { return lingering_->size(); }
 
 Status ControlPlane::listen(const SocketAddress& address) {
   epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
@@ -361,12 +380,7 @@ bool ControlPlane::send(Id id, FrameSocket::Type type, std::string_view payload)
 }
 
 bool ControlPlane::send_arrivals(Id id, std::span<const Arrival> arrivals) {
-  WireWriter out;
-  for (const Arrival& arrival : arrivals) {
-    out.put(arrival.tag);
-    out.put(arrival.count);
-  }
-  return send(id, FrameSocket::Type::kArrived, out.bytes());
+  return send(id, FrameSocket::Type::kArrived, encode_arrivals(arrivals));
 }
 
 bool ControlPlane::send_rail_note(Id id, const RailNote& note) {
@@ -416,12 +430,18 @@ void ControlPlane::watch(Id id, Connection& connection) {
   (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, connection.socket->fd(), &event);
 }
 
-void ControlPlane::close_outbound(Id id) {
+void ControlPlane::close_outbound(Id id, std::span<const Arrival> last) {
   auto it = connections_.find(id);
   if (it == connections_.end()) return;
   BATON_CHECK(it->second.outbound);
-  (void)it->second.socket->flush();  // arrivals that were reported as done
-  awaited_reads_ -= it->second.open_reads;
+  Connection& connection = it->second;
+  if (!last.empty()) (void)connection.socket->send(FrameSocket::Type::kArrived, encode_arrivals(last), true);
+  const Status flushed = connection.socket->flush();  // arrivals that were reported as done
+  awaited_reads_ -= connection.open_reads;
+  if (flushed.ok() && connection.established && connection.socket->unsent()) {
+    watch(id, connection);
+    lingering_->add(id, std::move(connection.socket), clock_.now_ns());
+  }
   connections_.erase(it);
 }
 
@@ -706,7 +726,10 @@ void ControlPlane::handle_frame(Id id, Connection& connection, const FrameSocket
 
 void ControlPlane::handle(Id id, uint32_t events) {
   auto it = connections_.find(id);
-  if (it == connections_.end()) return;
+  if (it == connections_.end()) {
+    (void)lingering_->handle(id);
+    return;
+  }
   Connection& connection = it->second;
   Status failure;
   if (connection.connecting && (events & (EPOLLOUT | EPOLLERR | EPOLLHUP)) != 0) {
@@ -745,6 +768,7 @@ size_t ControlPlane::progress() {
       handle(events[i].data.u64, events[i].events);
     }
   }
+  if (lingering_->size() > 0) lingering_->expire(clock_.now_ns());
   if (waiting_for_hello_ > 0) {
     int64_t oldest_ns = clock_.now_ns() - options_.hello_timeout_ms * 1'000'000;
     std::vector<Id> late;

@@ -108,8 +108,9 @@ class FrameSocket {
   explicit FrameSocket(FileDescriptor fd) : fd_(std::move(fd)) {}
   int fd() const { return fd_.get(); }
   bool unsent() const { return sent_ < out_.size(); }
-  /// False when too much is waiting already.
-  bool send(Type type, std::string_view payload);
+  size_t unsent_bytes() const { return out_.size() - sent_; }
+  /// False when too much is waiting already. The last word before the end is taken all the same.
+  bool send(Type type, std::string_view payload, bool last = false);
   /// Both: what can be done without blocking. A failure (or the end) is final.
   Status flush();
   Status receive(std::deque<Frame>& frames);
@@ -154,8 +155,8 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
     int64_t hello_timeout_ms = 5000;
   };
 
-  ControlPlane(Options options, Delegate& delegate, const Clock& clock)
-      : options_(std::move(options)), delegate_(delegate), clock_(clock) {}
+  ControlPlane(Options options, Delegate& delegate, const Clock& clock);
+  ~ControlPlane() override;
 
   /// `address`: "unix:" for a fresh abstract name, or "tcp:<ip>" with any port.
   Status listen(const SocketAddress& address);
@@ -168,7 +169,9 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
   bool send_rail_note(Id id, const RailNote& note);
   /// False when the other end has hung up (its process is gone), even if that was not processed yet.
   bool still_connected(Id id) const;
-  void close_outbound(Id id);
+  /// Ends the connection, `last` being its last words. When the other side takes none just now (it is stopped) the socket stays open
+  /// until it has, for a bounded time (control_linger.h).
+  void close_outbound(Id id, std::span<const Arrival> last = {});
 
   // CheckChannel and ReadChannel
   bool send_check(Id id, const Check& check) override;
@@ -182,13 +185,17 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
   void take_read_answers(std::vector<ReadChannel::Answer>& answers) override { take(read_answers_, answers); }
   void take_gone_readers(std::vector<Id>& readers) override { take(gone_readers_, readers); }
 
+  /// Asks a writer that broke the rules to stop; its connection stays until it has.
+  void expel(Id id) { (void)shut({id}); }
   Status fence(Epoch peer, uint64_t serial);
   /// Fences everybody who is connected, and lets nobody in any more.
   Status fence_all();
 
   size_t progress();
   int poll_fd() const { return epoll_.get(); }
-  bool wants_time() const { return waiting_for_hello_ > 0; }
+  bool wants_time() const;
+  /// Connections that have ended here, and wait for the other side to hear it.
+  size_t lingering() const;
   size_t inbound() const { return inbound_count_; }
   /// Words are waited for: of a read under way, or the next one of a reader.
   bool reads_going_on() const { return readers_ + awaited_reads_ > 0; }
@@ -235,6 +242,7 @@ class ControlPlane final : public CheckChannel, public ReadChannel {
   uint64_t turned_away_ = 0;
   int64_t turned_away_said_ns_ = 0;
   std::unordered_map<Id, Connection> connections_;
+  std::unique_ptr<class LingeringSockets> lingering_;
   std::unordered_map<Epoch, uint64_t> fenced_;  // peer -> serial up to which it is refused
   std::deque<Epoch> fenced_order_;
   std::vector<CheckChannel::Received> checks_;

@@ -53,6 +53,7 @@ void InboxTable::close(Tag tag) {
   std::shared_ptr<Inbox> inbox = std::move(it->second);
   inboxes_.erase(it);
   inbox->closed = true;
+  if (waiters_ > 0) arrived_.notify_all();
   inbox->on_complete.swap(unused);
   idle_.wait(lock, [&] {
     return inbox->running == std::thread::id() || inbox->running == std::this_thread::get_id();
@@ -64,6 +65,29 @@ bool InboxTable::is_open(uint32_t tag) const {
   return inboxes_.contains(tag);
 }
 
+bool InboxTable::settled_now(Tag tag, uint64_t messages) const {
+  auto it = inboxes_.find(static_cast<uint32_t>(tag));
+  return it == inboxes_.end() || it->second->arrived >= messages;
+}
+
+bool InboxTable::settled(Tag tag, uint64_t messages) const {
+  std::lock_guard lock(mutex_);
+  return settled_now(tag, messages);
+}
+
+bool InboxTable::wait(Tag tag, uint64_t messages, std::chrono::nanoseconds longest) {
+  std::unique_lock lock(mutex_);
+  ++waiters_;
+  const bool settled = arrived_.wait_for(lock, longest, [&] { return settled_now(tag, messages); });
+  --waiters_;
+  return settled;
+}
+
+bool InboxTable::has_due() const {
+  std::lock_guard lock(mutex_);
+  return !due_.empty();
+}
+
 void InboxTable::add(uint32_t tag, uint64_t count) {
   std::lock_guard lock(mutex_);
   auto it = inboxes_.find(tag);
@@ -73,6 +97,7 @@ void InboxTable::add(uint32_t tag, uint64_t count) {
     return;
   }
   it->second->arrived += count;
+  if (waiters_ > 0) arrived_.notify_all();
   if (due(*it->second)) due_.push_back(it->second);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -30,11 +31,16 @@ class InboxTable {
   /// Waits for the tag's callback if another thread is inside it.
   void close(Tag tag);
   bool is_open(uint32_t tag) const;
+  /// True when so many are there, or the tag is not open (any more).
+  bool settled(Tag tag, uint64_t messages) const;
+  /// The same, after at most `longest`.
+  bool wait(Tag tag, uint64_t messages, std::chrono::nanoseconds longest);
 
   /// Counts; a callback that is due now is kept until run_due().
   void add(uint32_t tag, uint64_t count);
   /// Runs the callbacks that became due, with no lock held.
   void run_due();
+  bool has_due() const;
 
   uint64_t stray_messages() const;
   uint64_t messages() const;
@@ -50,9 +56,12 @@ class InboxTable {
   };
   static bool due(const Inbox& inbox) { return inbox.on_complete && inbox.arrived >= inbox.expected; }
   void run(const std::shared_ptr<Inbox>& inbox);
+  bool settled_now(Tag tag, uint64_t messages) const;
 
   mutable std::mutex mutex_;
   std::condition_variable idle_;
+  std::condition_variable arrived_;  // for waiters_
+  size_t waiters_ = 0;
   std::unordered_map<uint32_t, std::shared_ptr<Inbox>> inboxes_;
   std::vector<std::shared_ptr<Inbox>> due_;
   uint32_t next_tag_;

@@ -296,8 +296,9 @@ TEST_P(TransferConformance, APassedDeadlineIsAnError) {
 TEST_P(TransferConformance, TheQueueIsBounded) {
   AgentConfig config;
   config.max_queued_transfers = 10;
-  auto receiver = make_node("receiver", 4, 1024);
-  auto sender = make_node("sender", 4, 1024, config);
+  // Too large for a thread that writes to post them itself.
+  auto receiver = make_node("receiver", 4, 128 << 10);
+  auto sender = make_node("sender", 4, 128 << 10, config);
   Peer peer = connect(*sender, *receiver);
   // A callback that does not return keeps everything after it in the queue.
   std::promise<void> go;

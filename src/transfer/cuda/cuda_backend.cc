@@ -555,8 +555,7 @@ CudaLink::~CudaLink() {
   std::erase_if(backend_.failed_, [this](const auto& entry) { return entry.first == this; });
   mappings_.clear();
   std::erase_if(backend_.mappings_, [](const auto& entry) { return entry.second.expired(); });
-  (void)backend_.control_.send_arrivals(id_, std::span(&kGoodbye, 1));
-  backend_.control_.close_outbound(id_);
+  backend_.control_.close_outbound(id_, std::span(&kGoodbye, 1));
 }
 
 Result<PostResult> CudaLink::post(const BackendMessage& message) {

@@ -38,6 +38,7 @@ class StagedBackend final : public Backend, private ControlPlane::Delegate, priv
   Status shut_out() override;
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
+  bool rest() override { return inner_->rest(); }
   uint64_t inbound_peers() const override { return control_.inbound(); }
   CheckChannel& checks() override { return control_; }
   ReadChannel& reads() override { return control_; }

@@ -21,6 +21,8 @@ constexpr int64_t kAwakeNs = 200'000;
 constexpr int64_t kControlEveryNs = 20'000;
 /// While there are reads: their words go that way (54 µs for a block of 4 KiB otherwise).
 constexpr int64_t kControlOfReadsEveryNs = 3'000;
+/// Long enough for an answer to the message, which says it quicker to whoever waits for that.
+constexpr int64_t kConfirmAfterNs = 60'000;
 constexpr int64_t kGreetAgainNs = 500'000;
 /// Endpoints of writers that went away before they greeted. When the writer's end is known to be closed, the end of a half-open
 /// connection is here in no time; otherwise (a stopped process, a rail that is cut) it may take for ever.
@@ -153,6 +155,7 @@ size_t FabricBackend::progress(BackendEvents& events) {
   const size_t orphans = orphans_.size();
   queue_empty_ = drain_all();
   if (queue_empty_) recycle_orphans(orphans);
+  if (!unconfirmed_.empty()) confirm(kConfirmAfterNs);
   if (!greeting_.empty()) {
     for (FabricLink* link : std::exchange(greeting_, {})) {
       if (link->greet()) add_greeting(*link);
@@ -183,7 +186,7 @@ int64_t FabricBackend::longest_wait_ns(std::vector<pollfd>& fds) {
   int64_t longest_ns = control_->wants_time() ? 1'000'000'000 : INT64_MAX;
   if (rails_.empty()) return longest_ns;
   // What was left in the queue makes no descriptor readable.
-  if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty()) return 0;
+  if (!queue_empty_ || !arrivals_.empty() || !done_.empty() || !failed_.empty() || !unconfirmed_.empty()) return 0;
   if (now_ns() - last_event_ns_ < kAwakeNs) return 0;
   if (!greeting_.empty()) longest_ns = std::min(longest_ns, kGreetAgainNs);
   for (const InboundRail& rail : doomed_) {
@@ -419,6 +422,7 @@ void FabricBackend::forget(FabricLink& link) {
   std::erase_if(failed_, [&](const auto& entry) { return entry.first == &link; });
   std::erase_if(done_, [&](const auto& entry) { return entry.link == &link; });
   std::erase(greeting_, &link);
+  std::erase(unconfirmed_, &link);
   control_->close_outbound(link.id());
 }
 
@@ -441,6 +445,8 @@ void FabricBackend::release(Operation* operation) {
   operation->link = nullptr;
   operation->in_use = false;
   operation->greeting = false;
+  operation->confirms = false;
+  operation->sent = false;
   free_operations_.push_back(operation);
 }
 
@@ -451,7 +457,7 @@ void FabricBackend::orphan(Operation* operation) {
 
 void FabricBackend::complete(Operation* operation, const Status& status) {
   if (operation->link != nullptr) {
-    operation->link->on_completed(*operation, status);
+    if (!operation->link->on_completed(*operation, status)) return;
   } else {
     std::erase(orphans_, operation);
   }
@@ -501,6 +507,7 @@ bool FabricBackend::drain(fid_cq* queue, uint64_t* arrived) {
         complete(static_cast<Operation*>(entries[i].op_context), Status());
       }
     }
+    if (n < 64) return true;  // asking again would cost as much as a turn
   }
   return false;
 }

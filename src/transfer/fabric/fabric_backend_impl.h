@@ -36,6 +36,12 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   Status shut_out() override { return control_->fence_all(); }
   size_t progress(BackendEvents& events) override;
   int64_t prepare_wait(std::vector<pollfd>& fds) override;
+  /// A socket takes it at once; with several rails the choice between them is the thread's.
+  void hurry() override { confirm(0); }
+  void confirm(int64_t age_ns) {
+    std::erase_if(unconfirmed_, [&](FabricLink* link) { return !link->confirm(age_ns); });
+  }
+  bool posts_at_once() const override { return transport_ == "tcp" && addresses_.size() == 1; }
   uint64_t inbound_peers() const override { return control_->inbound(); }
   CheckChannel& checks() override { return *control_; }
   ReadChannel& reads() override { return *control_; }
@@ -98,6 +104,13 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
     if (std::find(greeting_.begin(), greeting_.end(), &link) == greeting_.end()) greeting_.push_back(&link);
   }
   const FabricRegion& greeting_region() const { return *greeting_region_; }
+  /// One rail, whose endpoints deliver in order and say when they have.
+  bool confirms_later() const {
+    return transport_ == "tcp" && rails_.size() == 1 && rails_.front()->provider().endpoint_per_peer && rails_.front()->provider().delivery_complete;
+  }
+  void add_unconfirmed(FabricLink& link) {
+    if (std::find(unconfirmed_.begin(), unconfirmed_.end(), &link) == unconfirmed_.end()) unconfirmed_.push_back(&link);
+  }
   /// A rail can be used from now on: the agent has to look whether something waits for it.
   void count_opened_rail() { ++opened_rails_; }
   void report(FabricLink& link, uint64_t cookie, const Status& status) { done_.push_back({&link, cookie, status}); }
@@ -126,6 +139,7 @@ class FabricBackend final : public Backend, private ControlPlane::Delegate {
   std::unordered_map<ControlPlane::Id, Inbound> inbound_;
   std::unordered_map<ControlPlane::Id, FabricLink*> links_;
   std::vector<FabricLink*> greeting_;  // with greetings to be posted
+  std::vector<FabricLink*> unconfirmed_;  // with messages whose end could wait
   size_t opened_rails_ = 0;            // since the last progress()
   std::deque<Operation> operations_;
   std::vector<Operation*> free_operations_;

@@ -100,7 +100,9 @@ bool FabricLink::greet() {
   return left;
 }
 
-Status FabricLink::post_greeting(uint32_t index) {
+Status FabricLink::post_greeting(uint32_t index) { return post_small_write(index, true, &paths_[index].greeting_posted); }
+
+Status FabricLink::post_small_write(uint32_t index, bool greeting, bool* posted) {
   Path& path = paths_[index];
   const FabricRegion::OnRail& region = backend_.greeting_region().rails[index];
   constexpr size_t kBytes = 8;
@@ -110,7 +112,8 @@ Status FabricLink::post_greeting(uint32_t index) {
   Operation* operation = backend_.take_operation();
   operation->link = this;
   operation->rail = index;
-  operation->greeting = true;
+  operation->greeting = greeting;
+  operation->confirms = !greeting;
   operation->message = {};
   fi_msg_rma write{};
   write.msg_iov = &local;
@@ -121,18 +124,52 @@ Status FabricLink::post_greeting(uint32_t index) {
   write.rma_iov_count = 1;
   write.context = &operation->context;
   write.data = path.greeting_tag;
-  uint64_t flags = FI_COMPLETION | FI_REMOTE_CQ_DATA;
+  uint64_t flags = FI_COMPLETION | (greeting ? FI_REMOTE_CQ_DATA : 0);
   if (rail(index).provider().delivery_complete) flags |= FI_DELIVERY_COMPLETE;
   ssize_t ret = fi_writemsg(path.endpoint, &write, flags);
   if (ret != 0) {
     backend_.release(operation);
-    if (ret == -FI_EAGAIN) return {};  // not connected yet
+    if (ret == -FI_EAGAIN) return {};  // not connected yet, or no room
     return unavailable("fi_writemsg on rail {}: {}", index, fi_strerror(static_cast<int>(-ret)));
   }
-  path.greeting_posted = true;
+  *posted = true;
   path.outstanding.push_back(operation);
   ++outstanding_;
   return {};
+}
+
+bool FabricLink::confirm(int64_t age_ns) {
+  if (unconfirmed_ == 0 || dead_ || paths_.empty()) return false;
+  if (confirming_ || backend_.now_ns() - unconfirmed_since_ns_ < age_ns) return true;
+  if (Status status = post_small_write(0, false, &confirming_); !status.ok()) backend_.report_failure(*this, status);
+  return true;
+}
+
+/// All that was posted before it is delivered. What waits for a word of its own gets that.
+void FabricLink::on_confirmed(const Operation& operation) {
+  confirming_ = false;
+  std::deque<Operation*>& outstanding = paths_[operation.rail].outstanding;
+  const auto end = std::find(outstanding.begin(), outstanding.end(), &operation);
+  BATON_CHECK(end != outstanding.end());
+  std::deque<Operation*> later(end + 1, outstanding.end());
+  std::deque<Operation*> kept;
+  for (auto it = outstanding.begin(); it != end; ++it) {
+    Operation* one = *it;
+    // Its own completion has been read before, since a queue keeps the order of an endpoint; if not, it is waited for.
+    if (!one->message.end_can_wait || !one->sent) {
+      kept.push_back(one);
+      continue;
+    }
+    --outstanding_;
+    --unconfirmed_;
+    states_[one->rail].meter.delivered(one->message.bytes, backend_.now_ns());
+    backend_.report(*this, one->message.cookie, Status());
+    backend_.release(one);
+  }
+  --outstanding_;
+  kept.insert(kept.end(), later.begin(), later.end());
+  outstanding = std::move(kept);
+  unconfirmed_since_ns_ = backend_.now_ns();
 }
 
 void FabricLink::on_greeted(Operation& operation, const Status& status) {
@@ -167,6 +204,7 @@ Result<PostResult> FabricLink::post(const BackendMessage& message) {
   held.remote_pool = message.remote_pool;
   held.tag = message.tag;
   held.cookie = message.cookie;
+  held.end_can_wait = message.end_can_wait && backend_.confirms_later();
   if (!again_.empty()) return PostResult::kFull;  // those have waited longer
   return post_somewhere(held);
 }
@@ -212,7 +250,7 @@ Result<PostResult> FabricLink::post_on(uint32_t index, const HeldMessage& messag
   write.context = &operation->context;
   write.data = static_cast<uint32_t>(message.tag);
   uint64_t flags = FI_COMPLETION;
-  if (rail(index).provider().delivery_complete) flags |= FI_DELIVERY_COMPLETE;
+  if (rail(index).provider().delivery_complete && !message.end_can_wait) flags |= FI_DELIVERY_COMPLETE;
   if (message.tag != Tag::kNone) flags |= FI_REMOTE_CQ_DATA;
   ssize_t ret = fi_writemsg(path.endpoint, &write, flags);
   if (ret != 0) {
@@ -224,21 +262,43 @@ Result<PostResult> FabricLink::post_on(uint32_t index, const HeldMessage& messag
   path.outstanding.push_back(operation);
   states_[index].meter.posted(message.bytes, backend_.now_ns());
   ++outstanding_;
+  if (message.end_can_wait) {
+    if (unconfirmed_++ == 0) unconfirmed_since_ns_ = backend_.now_ns();
+    backend_.add_unconfirmed(*this);
+  }
   return PostResult::kPosted;
 }
 
-void FabricLink::on_completed(Operation& operation, const Status& status) {
-  if (operation.greeting) return on_greeted(operation, status);
+bool FabricLink::on_completed(Operation& operation, const Status& status) {
+  if (operation.greeting) {
+    on_greeted(operation, status);
+    return true;
+  }
+  if (operation.confirms && status.ok()) {
+    on_confirmed(operation);
+    return true;
+  }
+  if (operation.confirms) {
+    std::erase(paths_[operation.rail].outstanding, &operation);
+    --outstanding_;
+    backend_.report_failure(*this, status);
+    return true;
+  }
+  if (operation.message.end_can_wait && status.ok()) {
+    operation.sent = true;
+    return false;
+  }
   const uint32_t index = operation.rail;
   if (!status.ok() && can_fail_over()) {
     fail_rail(index, status, &operation);
-    return;
+    return true;
   }
   Path& path = paths_[index];
   auto it = std::find(path.outstanding.begin(), path.outstanding.end(), &operation);
   BATON_CHECK(it != path.outstanding.end());
   path.outstanding.erase(it);
   --outstanding_;
+  if (operation.message.end_can_wait) --unconfirmed_;
   RailState& state = states_[index];
   state.meter.delivered(status.ok() ? operation.message.bytes : 0, backend_.now_ns());
   if (status.ok() && state.probing) {
@@ -248,6 +308,7 @@ void FabricLink::on_completed(Operation& operation, const Status& status) {
              peer_name_);
   }
   backend_.report(*this, operation.message.cookie, status);
+  return true;
 }
 
 void FabricLink::release_outstanding(Path& path, const Operation* completed) {
@@ -256,6 +317,8 @@ void FabricLink::release_outstanding(Path& path, const Operation* completed) {
     if (operation != completed) backend_.orphan(operation);
   }
   path.outstanding.clear();
+  unconfirmed_ = 0;
+  confirming_ = false;
 }
 
 void FabricLink::fail_rail(uint32_t index, const Status& why, const Operation* completed) {

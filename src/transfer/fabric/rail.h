@@ -130,6 +130,7 @@ struct HeldMessage {
   uint32_t remote_pool = 0;
   Tag tag = Tag::kNone;
   uint64_t cookie = 0;
+  bool end_can_wait = false;
   /// Which counted message of its endpoint it is, from 0; kUncounted for one without a tag.
   static constexpr uint64_t kUncounted = ~uint64_t{0};
   uint64_t sequence = kUncounted;
@@ -144,6 +145,8 @@ struct Operation {
   uint32_t rail = 0;
   bool in_use = false;
   bool greeting = false;  // no message of the agent's
+  bool confirms = false;  // nor this: its end is that of all before it on its endpoint
+  bool sent = false;      // its completion was read, and says nothing about delivery (message.end_can_wait)
   HeldMessage message;
 };
 

@@ -112,7 +112,7 @@ Result<SharedSource> find_shared_source(std::span<const std::byte> memory) {
   return not_found("it is shared, but no open descriptor names its file");
 }
 
-Result<MappedPool> MappedPool::open(int pid, const SharedTicket& ticket) {
+Result<FileDescriptor> open_shared(int pid, const SharedTicket& ticket) {
   std::string path = fmt::format("/proc/{}/fd/{}", pid, ticket.fd);
   FileDescriptor file(::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   if (!file) return unavailable("{}: {}", path, std::strerror(errno));
@@ -125,6 +125,11 @@ Result<MappedPool> MappedPool::open(int pid, const SharedTicket& ticket) {
   if (static_cast<uint64_t>(status.st_size) < ticket.offset + ticket.bytes) {
     return unavailable("{} has {} bytes, {} from offset {} were announced", path, status.st_size, ticket.bytes, ticket.offset);
   }
+  return file;
+}
+
+Result<MappedPool> MappedPool::open(int pid, const SharedTicket& ticket) {
+  BATON_ASSIGN_OR_RETURN(FileDescriptor file, open_shared(pid, ticket));
   uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
   uint64_t before = ticket.offset % page;
   BATON_ASSIGN_OR_RETURN(MappedMemory memory, MappedMemory::map_shared(std::move(file), ticket.offset - before, before + ticket.bytes));

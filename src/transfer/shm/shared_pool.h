@@ -27,6 +27,8 @@ struct SharedTicket {
 };
 std::string encode_ticket(const SharedTicket& ticket);
 Result<SharedTicket> parse_ticket(std::string_view bytes);
+/// The file of a ticket: the one that was announced, all there, and sealed against shrinking. `pid` must be the process that made it.
+Result<FileDescriptor> open_shared(int pid, const SharedTicket& ticket);
 
 /// The owner's side: keeps the file open, under one number.
 struct SharedSource {

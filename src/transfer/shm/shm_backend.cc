@@ -4,10 +4,12 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <unordered_map>
 #include <unordered_set>
@@ -16,6 +18,7 @@
 #include "base/log.h"
 #include "transfer/control.h"
 #include "transfer/copied_messages.h"
+#include "transfer/shm/doorbell.h"
 #include "transfer/shm/shared_pool.h"
 #include "transfer/shm/stream_copy.h"
 #include "transfer/wire.h"
@@ -29,6 +32,11 @@ constexpr uint32_t kMaxSegments = 512;
 constexpr uint64_t kMinStreamBytes = 256u << 10;
 /// And a piece of a read: below, what prefetching finds too late costs more than the stores gain (4 KiB: 4.8 GB/s, memcpy 6.2).
 constexpr uint64_t kMinStreamReadBytes = 16u << 10;
+/// After something has come in the next thing is often not far, and waking a thread takes 10 to 30 µs.
+constexpr int64_t kAwakeNs = 20'000;
+/// While awake the doorbells are looked at all the time; the control connections cost a system call. (With reads under way their words
+/// go that way.)
+constexpr int64_t kControlEveryNs = 20'000, kControlOfReadsEveryNs = 3'000;
 
 /// A region, and how others can map it when it is shared memory.
 class ShmRegion final : public BackendRegion {
@@ -60,6 +68,7 @@ class ShmLink final : public Link {
     MappedPool* mapped = nullptr;         // in this one; null: the kernel copies
   };
   void open_pool(const Welcome::Pool& pool);
+  void open_doorbell(const Welcome::Pool& doorbell);
   Status copy_mapped(const BackendMessage& message, MappedPool& remote);
   Status copy_by_kernel(const BackendMessage& message, uint64_t remote_base);
 
@@ -73,6 +82,7 @@ class ShmLink final : public Link {
   // Several pools may lie in the same memory: mapped once.
   std::map<std::tuple<uint64_t, uint64_t, uint64_t, uint64_t>, MappedPool> mappings_;
   CopiedMessages copied_;
+  std::optional<Doorbell> doorbell_;  // none: the control connection carries every count
 };
 
 class ShmBackend final : public Backend, private ControlPlane::Delegate {
@@ -92,6 +102,11 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
 
   Status open() {
     allow_attach();
+    if (Result<std::unique_ptr<Doorbells>> doorbells = Doorbells::create(); doorbells.ok()) {
+      doorbells_ = std::move(*doorbells);
+    } else {
+      log_info("transfer {}: shm without doorbells, notifications go by socket: {}", context_->agent_name, doorbells.status().message());
+    }
     return control_.listen("unix:");
   }
 
@@ -147,12 +162,30 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   Status shut_out() override { return control_.fence_all(); }
 
   size_t progress(BackendEvents& events) override {
-    size_t count = control_.progress();
+    if (doorbells_) doorbells_->wake();
+    const int64_t now_ns = context_->clock->now_ns();
+    size_t count = 0;
+    if (slept_ || now_ns - control_seen_ns_ >= (control_.reads_going_on() ? kControlOfReadsEveryNs : kControlEveryNs)) {
+      slept_ = false;
+      control_seen_ns_ = now_ns;
+      count = control_.progress();
+    }
+    if (doorbells_) take_doorbells();
+    count += arrivals_.size();
     for (const Arrival& arrival : arrivals_) events.on_arrived(arrival.tag, arrival.count);
     arrivals_.clear();
-    for (auto& [link, status] : std::exchange(failed_, {})) {
-      if (links_.contains(link->id_)) events.on_link_failed(*link, status);
+    if (!failed_.empty()) {
+      for (auto& [link, status] : std::exchange(failed_, {})) {
+        if (links_.contains(link->id_)) events.on_link_failed(*link, status);
+      }
     }
+    count += finish_posted(events);
+    if (count > 0) last_event_ns_ = now_ns;
+    return count;
+  }
+
+  size_t finish_posted(BackendEvents& events) override {
+    if (copying_.empty()) return 0;
     // A completion may make the agent close its link, so take them out first.
     std::vector<std::pair<ShmLink*, uint64_t>> done;
     for (ShmLink* link : copying_) {
@@ -161,17 +194,24 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     }
     std::erase_if(copying_, [](const ShmLink* link) { return link->copied_.empty(); });
     for (auto& [link, cookie] : done) events.on_posted_done(*link, cookie, Status());
-    return count + done.size();
+    return done.size();
   }
+  bool posts_at_once() const override { return true; }
 
   int64_t prepare_wait(std::vector<pollfd>& fds) override {
+    fds.push_back({control_.poll_fd(), POLLIN, 0});
+    slept_ = true;  // whoever is next looks at the control connections
     if (!arrivals_.empty() || !failed_.empty()) return 0;
     for (const ShmLink* link : copying_) {
       if (link->copied_.told()) return 0;
     }
-    fds.push_back({control_.poll_fd(), POLLIN, 0});
+    if (doorbells_ && context_->clock->now_ns() - last_event_ns_ < std::min(kAwakeNs, context_->config.poll_us * 1000)) {
+      slept_ = false;
+      return 0;
+    }
     return control_.wants_time() ? 1'000'000'000 : INT64_MAX;
   }
+  bool rest() override { return !doorbells_ || doorbells_->sleep(); }
   uint64_t inbound_peers() const override { return control_.inbound(); }
   CheckChannel& checks() override { return control_; }
   ReadChannel& reads() override { return control_; }
@@ -207,7 +247,7 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     return unavailable("pid {} is not the process that wrote the metadata of '{}'", pid, peer.name);
   }
 
-  Result<Welcome> on_inbound(ControlPlane::Id, const Hello& hello) override {
+  Result<Welcome> on_inbound(ControlPlane::Id id, const Hello& hello) override {
     Welcome welcome;
     for (const LocalPool& pool : context_->pools()) {
       Result<const BackendRegion*> region = context_->backend_region(pool, *this);
@@ -221,9 +261,37 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     }
     log_info("transfer {}: '{}' can write into this process over shm ({} pools)", context_->agent_name,
              hello.name, welcome.pools.size());
+    Welcome::Pool doorbell;
+    doorbell.id = kDoorbellPoolId;
+    if (!doorbells_) return welcome;
+    if (Result<uint32_t> bell = doorbells_->add(&doorbell.packed_key); bell.ok()) {
+      doorbell.base = *bell;
+      bells_.emplace(id, *bell);
+      welcome.pools.push_back(std::move(doorbell));
+    } else {
+      log_info("transfer {}: no doorbell for '{}', it notifies by socket: {}", context_->agent_name, hello.name, bell.status().message());
+    }
     return welcome;
   }
-  void on_inbound_closed(ControlPlane::Id, int) override { context_->wake(); }
+  void on_inbound_closed(ControlPlane::Id id, int) override {
+    if (auto bell = bells_.find(id); bell != bells_.end()) {
+      // What it told before it went counts.
+      if (Status damaged = doorbells_->remove(bell->second, arrivals_); !damaged.ok()) {
+        log_error("transfer {}: a writer that has gone: {}", context_->agent_name, damaged.message());
+      }
+      bells_.erase(bell);
+    }
+    context_->wake();
+  }
+  void take_doorbells() {
+    std::vector<Doorbells::Damaged> damaged;
+    doorbells_->take(arrivals_, damaged);
+    for (const Doorbells::Damaged& one : damaged) {
+      auto writer = std::find_if(bells_.begin(), bells_.end(), [&](const auto& entry) { return entry.second == one.bell; });
+      log_error("transfer {}: a writer is shut out: {}", context_->agent_name, one.why.message());
+      control_.expel(writer->first);
+    }
+  }
   void on_inbound_arrived(ControlPlane::Id, const Arrival& arrival) override {
     arrivals_.push_back(arrival);
   }
@@ -233,12 +301,16 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
     ShmLink& link = *it->second;
     size_t mapped = 0;
     for (const Welcome::Pool& pool : welcome.pools) {
+      if (pool.id == kDoorbellPoolId) {
+        link.open_doorbell(pool);
+        continue;
+      }
       link.open_pool(pool);
       if (link.pools_[pool.id].mapped != nullptr) ++mapped;
     }
     link.ready_ = true;
     log_info("transfer {}: shm to '{}': {} of {} pools are mapped here, the others are written through the kernel (cma)",
-             context_->agent_name, link.peer_name_, mapped, welcome.pools.size());
+             context_->agent_name, link.peer_name_, mapped, link.pools_.size());
   }
   void on_outbound_closed(ControlPlane::Id id, const Status& why) override {
     auto it = links_.find(id);
@@ -257,6 +329,11 @@ class ShmBackend final : public Backend, private ControlPlane::Delegate {
   std::vector<ShmLink*> copying_;  // those with something copied that is not done yet: idle peers cost nothing
   std::vector<Arrival> arrivals_;
   std::vector<std::pair<ShmLink*, Status>> failed_;
+  std::unique_ptr<Doorbells> doorbells_;  // null: none can be had here
+  std::unordered_map<ControlPlane::Id, uint32_t> bells_;
+  int64_t last_event_ns_ = 0;
+  int64_t control_seen_ns_ = 0;
+  bool slept_ = true;
 };
 
 ShmLink::~ShmLink() {
@@ -286,6 +363,15 @@ void ShmLink::open_pool(const Welcome::Pool& pool) {
   } else {
     log_warning("transfer: shm to '{}': pool {} is shared but cannot be mapped ({}); the kernel copies instead, which takes about "
                 "twice as long", peer_name_, pool.id, mapped.status().message());
+  }
+}
+
+void ShmLink::open_doorbell(const Welcome::Pool& doorbell) {
+  Result<Doorbell> opened = Doorbell::open(pid_, doorbell.base, doorbell.packed_key);
+  if (opened.ok()) {
+    doorbell_.emplace(std::move(*opened));
+  } else {
+    log_info("transfer: shm to '{}': its doorbell cannot be opened, notifications go by socket: {}", peer_name_, opened.status().message());
   }
 }
 
@@ -363,7 +449,7 @@ Status ShmLink::copy_by_kernel(const BackendMessage& message, uint64_t remote_ba
 }
 
 void ShmLink::flush() {
-  if (!dead_) copied_.tell(backend_.control_, id_);
+  if (!dead_) copied_.tell(backend_.control_, id_, doorbell_ ? &*doorbell_ : nullptr);
 }
 
 }  // namespace

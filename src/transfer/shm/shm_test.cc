@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "base/mapped_memory.h"
+#include "base/log.h"
 #include "base/random.h"
 #include "transfer/include/baton/transfer.h"
+#include "transfer/shm/doorbell_ring.h"
 #include "transfer/shm/shared_pool.h"
 #include "transfer/shm/stream_copy.h"
 
@@ -156,6 +158,64 @@ TEST(ShmBackend, WritesIntoAndReadsFromSharedAndPrivateMemoryAlike) {
     }
     EXPECT_TRUE(peer->close().ok());
   }
+}
+
+int doorbells_of_this_process() {
+  for (int fd = 3; fd < 1024; ++fd) {
+    char name[64] = "";
+    const std::string link = "/proc/self/fd/" + std::to_string(fd);
+    if (::readlink(link.c_str(), name, sizeof(name) - 1) > 0 && std::string_view(name).find("baton-doorbells") != std::string_view::npos) return fd;
+  }
+  return -1;
+}
+
+TEST(ShmBackend, AWriterThatDamagesItsRingIsShutOutAndOthersAreNot) {
+  set_log_level(LogLevel::kError);
+  MappedMemory memory = shared(64 << 10);
+  AgentConfig config;
+  config.transport = "shm";
+  const auto make = [&](const char* name) {
+    config.name = name;
+    Result<std::unique_ptr<Agent>> agent = Agent::create(config);
+    EXPECT_TRUE(agent.ok()) << agent.status().to_string();
+    EXPECT_TRUE((*agent)->add_pool({*(*agent)->register_memory(memory.span(), MemoryKind::kHost), 4096, 16}).ok());
+    return std::move(*agent);
+  };
+  auto owner = make("owner");
+  const int doorbells = doorbells_of_this_process();
+  ASSERT_GE(doorbells, 0);
+  auto bad = make("bad"), good = make("good");
+  const auto write = [](const Peer& peer, Tag tag) {
+    BlockWrite write;
+    write.blocks = {{0, 1}};
+    write.length_bytes = 4096;
+    write.tag = tag;
+    Result<Transfer> transfer = peer.write(std::move(write));
+    return transfer.ok() ? transfer->wait() : transfer.status();
+  };
+  Result<Tag> tag = owner->open_inbox();
+  Result<Peer> from_bad = bad->connect(owner->metadata());
+  ASSERT_TRUE(from_bad.ok() && write(*from_bad, *tag).ok());
+  Result<Peer> from_good = good->connect(owner->metadata());
+  ASSERT_TRUE(from_good.ok() && write(*from_good, *tag).ok());
+  ASSERT_TRUE(owner->wait(*tag, 2).ok());
+  // The first ring behind the head is that of the first writer.
+  const uint64_t garbage = 0x5555555555555555;
+  for (uint64_t word = 0; word < 512; ++word) {
+    ASSERT_EQ(::pwrite(doorbells, &garbage, sizeof(garbage), static_cast<off_t>(4096 + 8 * word)), 8);
+  }
+  // And its bit. (It takes its ring for full, and goes on by socket.)
+  const uint64_t rung = 1;
+  ASSERT_EQ(::pwrite(doorbells, &rung, sizeof(rung), sizeof(uint64_t) * BellHead::kBitWords), 8);
+  ASSERT_TRUE(write(*from_good, *tag).ok());
+  const Deadline deadline = Deadline::after_ms(SteadyClock::instance(), 20'000);
+  while (from_bad->alive() && !deadline.expired(SteadyClock::instance())) (void)write(*from_bad, *tag);
+  EXPECT_FALSE(from_bad->alive());
+  const uint64_t before = owner->arrived(*tag);
+  EXPECT_FALSE(write(*from_bad, *tag).ok());
+  EXPECT_TRUE(write(*from_good, *tag).ok());
+  EXPECT_TRUE(owner->wait(*tag, before + 1).ok());
+  set_log_level(LogLevel::kInfo);
 }
 
 }  // namespace

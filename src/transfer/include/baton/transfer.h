@@ -58,6 +58,9 @@ struct AgentConfig {
   /// A transfer that is over its deadline (or cancelled) while some of it is under way waits for that to
   /// end. When nothing at all has come back from the peer for this long, the path to it is broken off.
   int64_t stall_timeout_ms = 1'000;
+  /// How long a thread inside Transfer::wait() or Agent::wait() looks by itself, and moves things along, before it sleeps. Longer gives
+  /// less latency for CPU time; 0: it sleeps at once. An agent that nobody waits at sleeps, whatever this says.
+  int64_t poll_us = 100;
   /// Thread blocks that a copy between GPUs may take; 0: as many as make it fast. 16 leave the GPU to computing and are
   /// nearly as fast.
   uint32_t cuda_max_ctas = 0;
@@ -152,7 +155,7 @@ class Transfer {
   /// write() returns. 0 for a read.
   uint64_t messages() const;
   uint64_t bytes() const;
-  /// Blocks until done; for tests, tools and simple programs.
+  /// Blocks until done; moves things along itself for AgentConfig::poll_us. Not from a callback.
   Status wait() const;
   /// Asks for an early end with kCancelled. After done() turns true the local memory is not read and the
   /// remote memory not written any more on behalf of this transfer.
@@ -269,6 +272,10 @@ class Agent {
   /// earlier expectation of the same tag. `on_complete` runs on the progress thread or inside this call.
   virtual Status expect(Tag tag, uint64_t messages, std::function<void()> on_complete) = 0;
   virtual uint64_t arrived(Tag tag) const = 0;
+  /// Blocks until `messages` in all have arrived, as expect() would say it; beside that, or instead. With AgentConfig::poll_us this
+  /// thread looks for them itself first, which is the quickest way to learn of them. deadline_exceeded (never(): the agent's default
+  /// timeout), not_found: the tag is not open, or was closed meanwhile. Not from a callback.
+  virtual Status wait(Tag tag, uint64_t messages, Deadline deadline = {}) = 0;
   /// Forgets the tag. Its callback does not run after this returns. Later messages count as stray.
   virtual void close_inbox(Tag tag) = 0;
 

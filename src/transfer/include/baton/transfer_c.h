@@ -89,6 +89,7 @@ typedef struct baton_agent_config {
   int64_t stall_timeout_ms;
   int integrity; /**< 1: every block that is written is checked in the peer's memory; default 0 */
   uint32_t max_served_reads; /**< pieces of peers' reads that are served at once; 0: none; default 1024 */
+  int64_t poll_us; /**< how long baton_transfer_wait() and baton_inbox_wait() look by themselves before they sleep; default 100 */
 } baton_agent_config;
 
 /** Call as baton_agent_config_init(&config, sizeof config). */
@@ -142,8 +143,8 @@ baton_code baton_inbox_open(baton_agent* agent, baton_tag* tag, baton_error* err
  * expectation of that inbox (its function does not run any more). */
 baton_code baton_inbox_expect(baton_agent* agent, baton_tag tag, uint64_t messages, void (*on_complete)(void* user),
                               void* user, baton_error* error);
-/** Blocks until `messages` in all have arrived, or BATON_DEADLINE_EXCEEDED. Replaces an earlier expectation. Not from
- * a callback, and not with manual_progress. */
+/** Blocks until `messages` in all have arrived, or BATON_DEADLINE_EXCEEDED. The quickest way to learn of them
+ * (baton_agent_config.poll_us). Not from a callback, and not with manual_progress. */
 baton_code baton_inbox_wait(baton_agent* agent, baton_tag tag, uint64_t messages, int64_t timeout_ms,
                             baton_error* error);
 /** How many messages have arrived; 0 for an inbox that is not open. */
