@@ -150,6 +150,8 @@ Result<BenchRoundTrip> measure_round_trip(const LatencyBench& bench, uint64_t bl
   open.tag = static_cast<uint32_t>(mine);
   open.block_bytes = block_bytes;
   open.bytes = bytes;
+  // Back it goes between two other blocks, where there are any: else each side would copy what the other one has just written.
+  open.count = std::min<uint64_t>(1, bench.options.pool_bytes / block_bytes - 1);
   BATON_ASSIGN_OR_RETURN(BenchReply opened, call(bench, open));
   BATON_ASSIGN_OR_RETURN(PoolId pool, bench.agent.pool_of(block_bytes));
   uint64_t arrived = 0;

@@ -70,9 +70,9 @@ class Echo {
 /// The other half of a conversation: waits for a block, writes one back, all by the thread that calls run().
 class Pong {
  public:
-  static Result<std::unique_ptr<Pong>> open(Agent& agent, Peer peer, PoolId pool, uint64_t bytes, Tag theirs) {
+  static Result<std::unique_ptr<Pong>> open(Agent& agent, Peer peer, PoolId pool, uint32_t block, uint64_t bytes, Tag theirs) {
     BATON_ASSIGN_OR_RETURN(Tag mine, agent.open_inbox());
-    return std::unique_ptr<Pong>(new Pong(agent, std::move(peer), pool, bytes, theirs, mine));
+    return std::unique_ptr<Pong>(new Pong(agent, std::move(peer), pool, block, bytes, theirs, mine));
   }
   ~Pong() { agent_.close_inbox(mine_); }
   Tag mine() const { return mine_; }
@@ -83,7 +83,7 @@ class Pong {
       BlockWrite write;
       write.local_pool = pool_;
       write.remote_pool = pool_;
-      write.blocks = {{0, 0}};
+      write.blocks = {{block_, block_}};
       write.length_bytes = bytes_;
       write.tag = theirs_;
       BATON_RETURN_IF_ERROR(peer_.write(std::move(write)).status());
@@ -92,12 +92,13 @@ class Pong {
   }
 
  private:
-  Pong(Agent& agent, Peer peer, PoolId pool, uint64_t bytes, Tag theirs, Tag mine)
-      : agent_(agent), peer_(std::move(peer)), pool_(pool), bytes_(bytes), theirs_(theirs), mine_(mine) {}
+  Pong(Agent& agent, Peer peer, PoolId pool, uint32_t block, uint64_t bytes, Tag theirs, Tag mine)
+      : agent_(agent), peer_(std::move(peer)), pool_(pool), block_(block), bytes_(bytes), theirs_(theirs), mine_(mine) {}
 
   Agent& agent_;
   const Peer peer_;
   const PoolId pool_;
+  const uint32_t block_;
   const uint64_t bytes_;
   const Tag theirs_, mine_;
   uint64_t arrived_ = 0;
@@ -278,7 +279,8 @@ class Target {
     if (!agent_ || !peer_) return failed_precondition("no peer to answer to");
     BATON_ASSIGN_OR_RETURN(PoolId pool, agent_->pool_of(request.block_bytes));
     pong_.reset();
-    BATON_ASSIGN_OR_RETURN(pong_, Pong::open(*agent_->agent, peer_, pool, request.bytes, static_cast<Tag>(request.tag)));
+    BATON_ASSIGN_OR_RETURN(pong_, Pong::open(*agent_->agent, peer_, pool, static_cast<uint32_t>(std::min<uint64_t>(request.count, UINT32_MAX)), request.bytes,
+                                            static_cast<Tag>(request.tag)));
     reply.tag = static_cast<uint32_t>(pong_->mine());
     return {};
   }

@@ -33,7 +33,7 @@ enum class BenchCommand : uint8_t {
   kRawSocketOpen,   ///< listens; the initiator connects
   kRawSocketRun,    ///< bytes: read as many, answer one byte
   kRawSocketEcho,   ///< bytes, count: read and send back
-  kPongOpen,        ///< block_bytes, bytes, tag: makes an inbox for a conversation
+  kPongOpen,        ///< block_bytes, bytes, count (the number of its block), tag: makes an inbox for a conversation
   kPongRun,         ///< count: waits for a block and writes one back, so many times
   kRawMemoryPong,   ///< bytes, count: the same by memory alone
   kRawFabricAttach, ///< metadata (a name), bytes (base), count (key): where the initiator's endpoint is
