@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -13,9 +14,12 @@
 #include <utility>
 
 /// The "out of band" of the example: strings over a TCP connection. A serving system has its own (gRPC, HTTP, etcd);
-/// the transfer library does not care how metadata, tags and counts get to the other side.
+/// the transfer library does not care how metadata, tags and counts get to the other side. Like it, whoever waits here waits for a
+/// bounded time: nothing tells TCP that a link is gone.
 class SocketChannel {
  public:
+  static constexpr int kTimeoutSeconds = 20;
+
   static SocketChannel accept_on(const std::string& ip, uint16_t port) {
     int listener = ::socket(AF_INET, SOCK_STREAM, 0);
     int yes = 1;
@@ -71,6 +75,11 @@ class SocketChannel {
  private:
   explicit SocketChannel(int fd) : fd_(fd) {
     if (fd_ < 0) fail("socket");
+    const timeval timeout{kTimeoutSeconds, 0};
+    if (::setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout)) != 0 ||
+        ::setsockopt(fd_, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout)) != 0) {
+      fail("setsockopt");
+    }
   }
   static sockaddr_in make_address(const std::string& ip, uint16_t port) {
     sockaddr_in address{};
@@ -82,14 +91,14 @@ class SocketChannel {
   void write_all(const void* data, size_t bytes) {
     for (size_t done = 0; done < bytes;) {
       ssize_t n = ::send(fd_, static_cast<const char*>(data) + done, bytes - done, MSG_NOSIGNAL);
-      if (n <= 0) fail("the other side is gone");
+      if (n <= 0) fail("the other side is gone or silent");
       done += static_cast<size_t>(n);
     }
   }
   void read_all(void* data, size_t bytes) {
     for (size_t done = 0; done < bytes;) {
       ssize_t n = ::recv(fd_, static_cast<char*>(data) + done, bytes - done, 0);
-      if (n <= 0) fail("the other side is gone");
+      if (n <= 0) fail("the other side is gone or silent");
       done += static_cast<size_t>(n);
     }
   }
