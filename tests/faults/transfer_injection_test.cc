@@ -142,6 +142,9 @@ TEST_P(TransferInjection, ToldOnlyWhenAllDataIsThere) {
 
 // That the test above could fail: without counting, data is missing when the last write is told.
 TEST_P(TransferInjection, WhoTrustsOrderIsCaught) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "it reads what is being written: that is what it shows, and what the thread sanitizer is there to forbid";
+#endif
   Node receiver("receiver"), sender("sender");
   std::fill(sender.memory.begin(), sender.memory.end(), std::byte{7});
   Peer peer = *sender.agent->connect(receiver.agent->metadata());

@@ -507,7 +507,8 @@ bool FabricBackend::drain(fid_cq* queue, uint64_t* arrived) {
         complete(static_cast<Operation*>(entries[i].op_context), Status());
       }
     }
-    if (n < 64) return true;  // asking again would cost as much as a turn
+    // Asking again would cost as much as a turn. It may hold an error still: those come alone.
+    if (n < 64) return false;
   }
   return false;
 }
