@@ -141,10 +141,9 @@ TEST_P(TransferInjection, ToldOnlyWhenAllDataIsThere) {
 }
 
 // That the test above could fail: without counting, data is missing when the last write is told.
+// It reads what is being written, which the thread sanitizer is there to forbid.
+#if !defined(__SANITIZE_THREAD__)
 TEST_P(TransferInjection, WhoTrustsOrderIsCaught) {
-#if defined(__SANITIZE_THREAD__)
-  GTEST_SKIP() << "it reads what is being written: that is what it shows, and what the thread sanitizer is there to forbid";
-#endif
   Node receiver("receiver"), sender("sender");
   std::fill(sender.memory.begin(), sender.memory.end(), std::byte{7});
   Peer peer = *sender.agent->connect(receiver.agent->metadata());
@@ -173,6 +172,7 @@ TEST_P(TransferInjection, WhoTrustsOrderIsCaught) {
   }
   EXPECT_GT(early.load(), 0);
 }
+#endif
 
 TEST_P(TransferInjection, CancelledWritesLeaveSettledMemoryAlone) {
   Node receiver("receiver"), sender("sender");
