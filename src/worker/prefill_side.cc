@@ -15,8 +15,8 @@ constexpr int64_t kProgressPerLease = 4;
 /// A burst has at most so many layers for each one still to be computed, so that it is over before they are.
 constexpr int32_t kBurstLayersPerLayer = 4;
 
-/// Whether the layers [first, layer] go now. NVLink that carries something every few milliseconds never rests, and what it
-/// draws is missing where the GPU computes: 2 % of a long prefill's time layer by layer, 0.3 % in one burst (H200).
+/// Whether the layers [first, layer] go now. NVLink that carries something every few milliseconds costs a long prefill 2 % of
+/// its time, in one burst 0.3 % (H200, docs/performance.md).
 bool burst_is_due(int32_t first, int32_t layer, int32_t layers) {
   return layer == layers - 1 || layer - first + 1 >= kBurstLayersPerLayer * (layers - layer);
 }
